@@ -1,0 +1,406 @@
+"""Features of clips in HDF5 (schema `cmg-features`, version 1), batches of them, and the embedded digits set.
+
+    python data.py check FILE               validate a file completely and print what is inside
+    python data.py digits --out FILE        compose clips from digits.h5 (spoken digits, handwritten digits, sentences)
+
+A file holds N clips of T segments. Each modality is a dataset (N, T, d) or (N, T, H, W, d) named after it; `split` (N,)
+is 0 train, 1 val, 2 test; `id` (N,), `classes` (C,), and optionally `label` (N,), `events/<modality>` (N, T, C),
+`mask` (N, T, h, w) and `group` (N,). This module knows nothing of the methods.
+"""
+import hashlib
+import os
+import queue
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Iterator, Literal, Optional
+
+import h5py
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+FORMAT, VERSION = "cmg-features", 1
+SPLITS = ("train", "val", "test")
+MODALITY_ORDER = ("audio", "video", "text", "flow")  # others follow in alphabetical order
+NOT_MODALITIES = ("label", "events", "mask", "group", "split", "id", "classes")
+DIGITS_FILE = Path(__file__).with_name("digits.h5")
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: what is wrong, and what to do."""
+
+
+def explain_input_errors(kind, error, traceback):
+    """A `sys.excepthook`: an InputError ends the program with one line on stderr and exit code 2, no traceback."""
+    if not issubclass(kind, InputError):
+        return sys.__excepthook__(kind, error, traceback)
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------- feature files
+class FeatureFile:
+    """One validated `cmg-features` file. Raises InputError naming the file, the dataset, what was found and expected."""
+
+    def __init__(self, path: str):
+        self.path = str(path)
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such file; give a cmg-features file, or 'digits' for the embedded set")
+        try:
+            self.h5 = h5py.File(path, "r")
+        except OSError as error:
+            raise InputError(f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]}); convert or copy it again")
+        self.raw = os.open(path, os.O_RDONLY)
+        found = self.h5.attrs.get("format"), self.h5.attrs.get("version")
+        if found != (FORMAT, VERSION):
+            raise InputError(f"{path}: format and version are {found[0]} {found[1]}, expected {FORMAT} {VERSION}")
+        names = [name for name in self.h5 if name not in NOT_MODALITIES]
+        known = [name for name in MODALITY_ORDER if name in names]
+        self.modalities = known + [name for name in names if name not in known]
+        self._validate()
+
+    def _fail(self, dataset: str, found, expected):
+        raise InputError(f"{self.path}: dataset '{dataset}' has {found}, expected {expected}")
+
+    def _validate(self):
+        if not self.modalities:
+            raise InputError(f"{self.path}: no modality inside, expected datasets such as 'audio' or 'video'")
+        for name in ("split", "id"):
+            if name not in self.h5:
+                raise InputError(f"{self.path}: dataset '{name}' is missing")
+        self.clips = len(self.h5["split"])
+        self.segments = self.h5[self.modalities[0]].shape[1] if self.h5[self.modalities[0]].ndim > 1 else 0
+        for name in self.modalities:
+            data = self.h5[name]
+            if data.ndim not in (3, 5) or 0 in data.shape:
+                self._fail(name, f"shape {data.shape}", "(N, T, d) or (N, T, H, W, d)")
+            if data.shape[:2] != (self.clips, self.segments):
+                self._fail(name, f"N, T = {data.shape[:2]}", f"{(self.clips, self.segments)} as in the rest of the file")
+            if data.dtype not in (np.float16, np.float32, np.float64):
+                self._fail(name, f"dtype {data.dtype}", "float16, float32 or float64")
+            sample = np.unique(np.linspace(0, self.clips - 1, 16).astype(int))
+            if not all(np.isfinite(data[i]).all() for i in sample):
+                self._fail(name, "NaN or infinity", "finite values (python data.py check FILE says where)")
+        self.split = self.h5["split"][:]
+        if not np.isin(self.split, (0, 1, 2)).all():
+            self._fail("split", f"values {np.unique(self.split)[:6].tolist()}", "0 train, 1 val, 2 test")
+        self.classes = [c.decode() for c in self.h5["classes"][:]] if "classes" in self.h5 else []
+        self.label = self.h5["label"][:].astype(np.int64) if "label" in self.h5 else np.full(self.clips, -1)
+        if self.label.min() < -1 or self.label.max() >= len(self.classes):
+            self._fail("label", f"values {self.label.min()}..{self.label.max()}", f"-1..{len(self.classes) - 1}, C - 1")
+        self._validate_optional()
+
+    def _validate_optional(self):
+        per_clip = {name: self.h5[name] for name in ("id", "label", "mask", "group") if name in self.h5}
+        for name, data in per_clip.items():
+            if len(data) != self.clips:
+                self._fail(name, f"{len(data)} rows", f"{self.clips}")
+        for name, data in self.h5.get("events", {}).items():
+            if data.shape != (self.clips, self.segments, len(self.classes)):
+                self._fail(f"events/{name}", f"shape {data.shape}", f"{(self.clips, self.segments, len(self.classes))}")
+
+    def read(self, name: str, index: np.ndarray) -> np.ndarray:
+        """Clips `index` of a dataset in their stored dtype. A contiguous dataset is read clip by clip with pread, which
+        neither maps the file (a file that shrinks must not kill the process) nor holds h5py's global lock."""
+        data = self.h5[name]
+        out = np.empty((len(index), *data.shape[1:]), data.dtype)
+        start = None if data.chunks else data.id.get_offset()
+        try:
+            for row, clip in zip(out, index):
+                if start is None:
+                    data.read_direct(row, np.s_[int(clip)])
+                elif os.preadv(self.raw, [row], start + int(clip) * row.nbytes) != row.nbytes:
+                    raise OSError("the file ends early")
+        except OSError as error:
+            raise InputError(f"{self.path}: dataset '{name}' cannot be read ({error}); is the file still there and whole?")
+        return out
+
+
+class Features:
+    """One or several files as one set of clips: the union of their clips, the modalities that all of them hold."""
+
+    def __init__(self, paths: list):
+        self.files = [FeatureFile(path) for path in paths]
+        first = self.files[0]
+        self.modalities = [m for m in first.modalities if all(m in file.modalities for file in self.files)]
+        self.shape = {m: first.h5[m].shape[1:] for m in self.modalities}  # (T, d) or (T, H, W, d)
+        self.classes, self.name = first.classes, str(first.h5.attrs.get("name", Path(first.path).stem))
+        for file in self.files[1:]:
+            shape = {m: file.h5[m].shape[1:] for m in self.modalities}
+            if shape != self.shape or file.classes != self.classes:
+                raise InputError(f"{file.path}: shapes {shape} or classes differ from those of {first.path}")
+        self.starts = np.cumsum([0] + [file.clips for file in self.files])
+        self.split = np.concatenate([file.split for file in self.files])
+        self.label = np.concatenate([file.label for file in self.files])
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def clips(self, split: str) -> np.ndarray:
+        """Indices of the clips of one split."""
+        return np.flatnonzero(self.split == SPLITS.index(split))
+
+    def read(self, name: str, index: np.ndarray) -> np.ndarray:
+        """Clips `index` of a dataset, any order, in their stored dtype."""
+        if len(self.files) == 1:
+            return self.files[0].read(name, index)
+        owner = np.searchsorted(self.starts, index, side="right") - 1
+        parts = [self.files[f].read(name, index[owner == f] - self.starts[f]) for f in range(len(self.files))]
+        out = np.empty((len(index), *parts[0].shape[1:]), parts[0].dtype)
+        for f, part in enumerate(parts):
+            out[owner == f] = part
+        return out
+
+    def single_event(self, index: np.ndarray) -> np.ndarray:
+        """Those of the clips `index` that hold events of at most one class, over all modalities; all without events."""
+        events = self.files[0].h5.get("events", {})
+        if not len(events):
+            return index
+        happens = np.zeros((len(index), len(self.classes)), bool)
+        for name in events:
+            happens |= self.read(f"events/{name}", index).any(1)  # (N, T, C) -> (N, C)
+        return index[happens.sum(1) <= 1]
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for file in self.files:
+            with open(file.path, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+
+def to_tensor(array: np.ndarray, device) -> torch.Tensor:
+    """Host array -> tensor on `device` in the same dtype; through pinned memory when the device is a GPU."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+
+
+class Batches:
+    """Shuffled training batches {modality: (B, T, ...) float32 on `device`} of one split; incomplete last batches dropped.
+
+    `source` says where the features wait: on the `device`, in host `memory`, or in the `file` from which a background
+    thread reads ahead; `auto` takes the first that fits in half of the free memory. Order depends on (seed, epoch) alone,
+    so any epoch can be resumed at any step. Raises InputError if the split is empty or smaller than a batch.
+    """
+
+    def __init__(self, features: Features, modalities: list, split: str, batch_size: int, device, seed: int,
+                 source: Literal["auto", "device", "memory", "file"] = "auto"):
+        self.features, self.modalities, self.device, self.seed = features, modalities, torch.device(device), seed
+        self.index, self.batch_size = features.clips(split), batch_size
+        if len(self.index) == 0:
+            raise InputError(f"{features.files[0].path}: the {split} split is empty; 'split' must hold {SPLITS.index(split)}s")
+        if batch_size > len(self.index):
+            raise InputError(f"--batch-size {batch_size} is larger than the {split} split ({len(self.index)} clips)")
+        clip_bytes = sum(features.files[0].h5[m].dtype.itemsize * int(np.prod(features.shape[m])) for m in modalities)
+        self.source = self._fits(clip_bytes * len(self.index)) if source == "auto" else source
+        if self.source != "file":
+            place = self.device if self.source == "device" else "cpu"
+            self.resident = {m: to_tensor(features.read(m, self.index), place) for m in modalities}
+
+    def _fits(self, size: int) -> str:
+        if self.device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(self.device)[0]:
+            return "device"
+        return "memory" if size < 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") else "file"
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        return len(self.index) // self.batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict]:
+        """Batches `start`, `start` + 1, … of this epoch's permutation."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.index), generator=generator)
+        rows = [order[i * self.batch_size:(i + 1) * self.batch_size] for i in range(start, len(self))]
+        if self.source == "file":
+            yield from self._read_ahead(rows)
+        else:
+            for row in rows:
+                yield {m: data[row.to(data.device)].to(self.device).float() for m, data in self.resident.items()}
+
+    def _read_ahead(self, rows: list, depth: int = 4) -> Iterator[dict]:
+        ready, stop = queue.Queue(depth), threading.Event()
+
+        def put(item):
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.2)
+                except queue.Full:
+                    continue
+
+        def reader():
+            try:
+                for row in rows:
+                    put({m: self.features.read(m, self.index[row.numpy()]) for m in self.modalities})
+            except BaseException as error:  # whatever ends the reader must end the loop that waits for it
+                put(error)
+
+        threading.Thread(target=reader, daemon=True).start()
+        try:
+            for _ in rows:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield {m: to_tensor(array, self.device).float() for m, array in item.items()}
+        finally:
+            stop.set()
+
+
+# ------------------------------------------------------------------------------------------- the embedded set: digit clips
+T, GRID, PATCH = 10, 7, 8  # segments; cells a side; pixels a side of a cell
+PIXEL_NOISE, AUDIO_NOISE, CLUTTER = 0.1, 0.1, 3
+
+
+def compose(base: h5py.File, split: int, clips: int, seed: int) -> dict:
+    """`clips` digit clips made only of the recordings, images and sentences of `split`: a pure function of its arguments.
+
+    An event is a digit class over an interval. Three quarters of the clips have one; the others have two of different
+    classes: both digits are in the picture all the time, their sounds follow each other. The audio of a clip is shifted
+    against its video by -1, 0 or 1 segment. `label` is the class of the first event, and the sentence is about it.
+    Returns the datasets of the schema as arrays, `video` as a (N, T, 7, 7, 64) float16 map of 8x8-pixel patches.
+    """
+    rng = np.random.default_rng([seed, split])
+    n = np.arange(clips)
+    two = rng.permutation(n % 4 == 0)
+    first = rng.permutation(n % 10)
+    labels = np.stack([first, (first + rng.integers(1, 10, clips)) % 10], 1)  # (N, 2); the second counts if `two`
+
+    # Intervals, half-open: audio of event e is [cut[e], cut[e+1]); both digits are visible over [start, end) + shift.
+    length = np.where(two[:, None], rng.integers(3, 6, (clips, 2)), np.stack([rng.integers(4, 9, clips), 0 * n], 1))
+    start = rng.integers(0, T - length.sum(1) + 1)
+    cut = start[:, None] + np.concatenate([0 * n[:, None], length.cumsum(1)], 1)  # (N, 3)
+    shift = rng.integers(-1, 2, clips)
+    t = np.arange(T)
+    heard = (t[:, None] >= cut[:, None, :2]) & (t[:, None] < cut[:, None, 1:])  # (N, T, 2)
+    visible = ((t >= (start + shift)[:, None]) & (t < (cut[:, 2] + shift)[:, None]))[..., None]
+    visible = visible & np.stack([n >= 0, two], 1)[:, None]  # (N, T, 2)
+    events = {"audio": heard, "video": visible}
+    classes = np.eye(10, dtype=bool)[labels]  # (N, 2, 10)
+
+    return {
+        "audio": _compose_audio(base, split, rng, labels, heard),
+        **_compose_video(base, split, rng, labels, visible),
+        "text": _pick(base["text"], split, rng, labels[:, 0], "tokens"),
+        "label": labels[:, 0],
+        "split": np.full(clips, split, np.uint8),
+        **{f"events/{m}": (on[..., None] & classes[:, None]).any(2).astype(np.uint8) for m, on in events.items()},
+    }
+
+
+def _pick(group: h5py.Group, split: int, rng, label: np.ndarray, name: str) -> np.ndarray:
+    """One random row of `split` per wanted label: (...,) labels -> (..., *row)."""
+    rows = np.flatnonzero(group["split"][:] == split)
+    rows = rows[np.argsort(group["label"][:][rows], kind="stable")]
+    count = np.bincount(group["label"][:][rows], minlength=10)
+    chosen = rows[(count.cumsum() - count)[label] + rng.integers(0, count[label])]
+    return group[name][:][chosen]
+
+
+def _compose_audio(base, split, rng, labels, heard) -> np.ndarray:
+    """(N, T, 130): in each segment of its event, the recording resampled to 10 frames x 13 standardised MFCC; noise."""
+    frames, length = base["audio/frames"][:], base["audio/length"][:]
+    train = np.repeat(base["audio/split"][:] == 0, length)
+    frames = (frames - frames[train].mean(0)) / frames[train].std(0)
+    first = np.concatenate([[0], length.cumsum()[:-1]])
+    position = np.linspace(0, 1, 10) * (length[:, None] - 1)  # (R, 10) fractional frame
+    low = np.minimum(position.astype(int), length[:, None] - 2)
+    weight = (position - low)[..., None]
+    words = frames[first[:, None] + low] * (1 - weight) + frames[first[:, None] + low + 1] * weight  # (R, 10, 13)
+    group = {"split": base["audio/split"], "label": base["audio/label"], "words": words.reshape(len(words), 130)}
+    word = _pick(group, split, rng, labels, "words")  # (N, 2, 130)
+    audio = np.einsum("nte,ned->ntd", heard.astype(np.float32), word.astype(np.float32))
+    return (audio + AUDIO_NOISE * rng.standard_normal(audio.shape, np.float32)).astype(np.float16)
+
+
+def _compose_video(base, split, rng, labels, visible) -> dict:
+    """Pixels in [0, 1] plus noise. Each digit walks at random over the grid; three still cells hold scrambled digits."""
+    clips = len(labels)
+    image = _pick(base["image"], split, rng, labels, "pixels").reshape(clips, 2, PATCH**2).astype(np.float32) / 16
+    clutter = _pick(base["image"], split, rng, rng.integers(0, 10, (clips, CLUTTER)), "pixels")
+    clutter = rng.permuted(clutter.reshape(clips, CLUTTER, PATCH**2).astype(np.float32) / 16, axis=2)
+    cells = rng.permuted(np.tile(np.arange(GRID**2), (clips, 1)), axis=1)
+    n, still = np.arange(clips), cells[:, 2:2 + CLUTTER]
+
+    video = PIXEL_NOISE * rng.standard_normal((clips, T, GRID**2, PATCH**2), np.float32)
+    mask = np.zeros((clips, T, GRID**2, PATCH**2), np.uint8)
+    here = np.stack(np.divmod(cells[:, :2], GRID), -1)  # (N, 2, row and column); the two digits never share a cell
+    for t in range(T):
+        shown = np.zeros((clips, GRID**2, PATCH**2), np.float32)
+        shown[n[:, None], still] = clutter
+        for e in range(2):
+            on = n[visible[:, t, e]]
+            cell = (here[on, e] * (GRID, 1)).sum(-1)
+            shown[on, cell] = image[on, e]
+            mask[on, t, cell] = (image[on, e] > 0.25) * (labels[on, e] + 1)[:, None]
+        video[:, t] += shown
+        there = np.clip(here + rng.integers(-1, 2, here.shape), 0, GRID - 1)
+        apart = (there[:, 0] != there[:, 1]).any(-1)
+        here = np.where(apart[:, None, None], there, here)
+    canvas = mask.reshape(clips, T, GRID, GRID, PATCH, PATCH).transpose(0, 1, 2, 4, 3, 5)
+    return {"video": video.astype(np.float16).reshape(clips, T, GRID, GRID, PATCH**2),
+            "mask": canvas.reshape(clips, T, GRID * PATCH, GRID * PATCH)}
+
+
+def write_digits(out: str, sizes: tuple = (2400, 400, 800), seed: int = 0) -> None:
+    """Compose the digits set into a `cmg-features` file: written beside `out`, then renamed."""
+    with h5py.File(DIGITS_FILE, "r") as base, tempfile.TemporaryDirectory(dir=Path(out).parent) as folder:
+        path = Path(folder) / "digits.h5"
+        with h5py.File(path, "w") as h5:
+            h5.attrs.update(format=FORMAT, version=VERSION, name="digits", source=base.attrs["source"],
+                            license=base.attrs["license"])
+            h5["classes"] = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+            ends = np.cumsum(sizes)
+            for split, (size, end) in enumerate(zip(sizes, ends)):
+                for name, data in compose(base, split, size, seed).items():
+                    if name not in h5:
+                        packed = {"chunks": (1, *data.shape[1:]), "compression": 1} if name == "mask" else {}
+                        h5.create_dataset(name, (ends[-1], *data.shape[1:]), data.dtype, **packed)
+                    h5[name][end - size:end] = data
+            h5["id"] = [f"{SPLITS[s]}-{i:05d}" for s, size in enumerate(sizes) for i in range(size)]
+        os.replace(path, out)
+
+
+def data_files(data: list, runs_dir: str) -> list:
+    """The feature files behind `--data`: 'digits' is composed once and kept in `runs_dir`, anything else is a path."""
+    if list(data) != ["digits"]:
+        return list(data)
+    recipe = hashlib.sha256(DIGITS_FILE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
+    path = Path(runs_dir) / f"digits-{recipe}.h5"
+    if not path.exists():
+        write_digits(str(path))
+    return [str(path)]
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+def check(file: tyro.conf.Positional[str]) -> None:
+    """Validate FILE, reading every value, and print what is inside."""
+    features = Features([file])
+    h5 = features.files[0].h5
+    print(f"{file}: {FORMAT} {VERSION}, name {features.name}, {len(features)} clips, {len(features.classes)} classes")
+    for name in features.modalities:
+        for clip in tqdm(range(len(features)), name, leave=False, disable=not sys.stderr.isatty()):
+            if not np.isfinite(h5[name][clip]).all():
+                raise InputError(f"{file}: dataset '{name}' has NaN or infinity in clip {clip}, expected finite values")
+    names = []
+    h5.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    for name in names:
+        print(f"  {name:16} {str(h5[name].shape):26} {h5[name].dtype}")
+    print("  " + ", ".join(f"{s} {len(features.clips(s))}" for s in SPLITS)
+          + f"; one event at most in {len(features.single_event(np.arange(len(features))))} clips")
+
+
+def digits(out: str, train: int = 2400, val: int = 400, test: int = 800, seed: int = 0) -> None:
+    """Compose the embedded digits set into the file OUT."""
+    if min(train, val, test) < 1:
+        raise InputError("--train, --val and --test must be at least 1")
+    if not Path(out).resolve().parent.is_dir():
+        raise InputError(f"--out {out}: its folder does not exist")
+    write_digits(out, (train, val, test), seed)
+    check(out)
+
+
+if __name__ == "__main__":
+    sys.excepthook = explain_input_errors
+    tyro.extras.subcommand_cli_from_dict({"check": check, "digits": digits})

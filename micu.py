@@ -1,0 +1,739 @@
+"""MICU (Huang et al., ICCV 2025): one discrete code for several modalities, learned from paired sequences without labels.
+
+Each modality has an encoder; all share one codebook that follows the encoders by exponential moving averages. Two losses
+align the modalities: FCMI contrasts masked features over the segments of a clip (fine) and over the clips of a batch
+(coarse), and CUJP, a jigsaw puzzle over parts of codes taken from any modality, makes the code modality-agnostic:
+
+    L = l_fine L_fine + l_coarse L_coarse + l_cujp L_cujp + l_recon L_recon + l_commit L_commit                    (Eq. 8)
+
+Then the encoders and the codebook are frozen, and a probe trained on one modality's codes is tested on another's.
+
+    python micu.py --cujp-splits 8 --mask-ratio 0.3        # embedded digits: composes, trains, probes, prints the table
+    python micu.py --data vggsound40k.h5 --probe-data ave.h5
+    diff uni_code.py micu.py                               # what the method is; README.md lists paper against release
+
+Shapes: B clips of a batch, T segments, D code width, K codes, M modalities, N = B * T, O jigsaw parts, P permutations.
+"""
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import probes
+from data import Batches, Features, InputError, data_files, explain_input_errors
+
+METHOD = "micu"
+
+
+@dataclass
+class Args:
+    data: tuple[str, ...] = ("digits",)
+    """training features: `digits` (embedded, composed on first use) or cmg-features files"""
+    probe_data: tuple[str, ...] = ()
+    """features for the probes; default: the splits of the training data"""
+    modalities: tuple[str, ...] = ()
+    """two or more modalities of the data; default: all"""
+    epochs: Optional[int] = None
+    """passes over the train split; default: 5"""
+    batch_size: int = 80
+    """clips per step, B"""
+    learning_rate: float = 4e-4
+    """of Adam"""
+    codebook_size: int = 400
+    """number of codes, K"""
+    code_dim: int = 256
+    """width of a code, D"""
+    codebook_init: Literal["data", "uniform"] = "data"
+    """start of the codebook: encoder outputs of the first batch, or U(-1/K, 1/K)"""
+    reset_after: Optional[int] = None
+    """steps without use after which a code is reset, N_re; 0 never; default: 10 under 10,000 training clips, else 300"""
+    seed: int = 1
+    """of weights, batches, masks and puzzles"""
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """of the networks; distances, EMA and cross-entropies are fp32 always"""
+    compile: bool = False
+    """compile the networks"""
+    runs_dir: str = "runs"
+    """where run folders and the composed digits go"""
+    resume: Optional[str] = None
+    """run folder to continue; its settings are taken over"""
+    eval_every: int = 0
+    """probe every so many epochs besides the end; 0: at the end only"""
+    stop_after_steps: Optional[int] = None
+    """save a checkpoint after this many steps of the run and stop, as Ctrl-C does"""
+    log_every: int = 10
+    """steps between log lines; the only host synchronisation of a step"""
+    features_on: Literal["auto", "device", "memory", "file"] = "auto"
+    """where features wait: on the device, in host memory, or in the file, read ahead by a thread"""
+    protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper")
+    """of the final probes: nothing chosen with test labels, and as published"""
+    known_classes: tuple[int, ...] = ()
+    """open-set tasks, by number of known classes; default: half of the classes"""
+    ema_decay: float = 0.99
+    """decay of the codebook's moving averages, gamma"""
+    reset_rule: Literal["unshared", "unused"] = "unshared"
+    """reset a code that some modality (unshared) or that every modality (unused) left alone for N_re steps"""
+    reset_source: Literal["paired", "batch", "live"] = "paired"
+    """what a reset code becomes: mean output of all modalities at one segment, one output, or a live code plus noise"""
+    spatial_pool: Literal["attention", "sum"] = "attention"
+    """how the cells of a feature map become one vector; `sum` is what the released code computes"""
+    recon_width: Optional[int] = None
+    """channels of the modality-specific map branch, as a multiple of d; default: 1 under 10,000 clips, else 2"""
+    mask_ratio: float = 0.3
+    """share of features masked in FCMI's queries"""
+    mask_axis: Literal["channel", "time"] = "channel"
+    """mask channels of all segments (paper) or whole segments (released code)"""
+    mask_sharing: Literal["same", "different"] = "same"
+    """one mask for all modalities of a clip, or one each"""
+    similarity: Literal["dot", "cosine"] = "cosine"
+    """in FCMI; the paper has dot"""
+    temperature: float = 0.1
+    """tau of FCMI; the paper has 1.0, with dot"""
+    jigsaw: Literal["cujp", "mmjp", "none"] = "cujp"
+    """cross-modal unified jigsaw, multimodal jigsaw (Dong et al.), or none"""
+    cujp_splits: int = 8
+    """parts of a code, O"""
+    cujp_permutations: int = 256
+    """most permutations to tell apart: P = min(O!, this)"""
+    cujp_samples: Optional[int] = None
+    """permutations classified per vector and step, an unbiased estimate; 0: all P; default: 16 under 10,000 clips, else 0"""
+    mm_ema: Literal["none", "time-aligned"] = "none"
+    """vectors behind the EMA: own, or averaged with the other modalities' at the same segment (released code)"""
+    lambda_fine: float = 1.0
+    """weight of the fine InfoNCE"""
+    lambda_coarse: float = 1.0
+    """weight of the coarse InfoNCE"""
+    lambda_cujp: float = 2.0
+    """weight of the jigsaw"""
+    lambda_recon: float = 1.0
+    """weight of the reconstruction"""
+    lambda_commit: float = 1.0
+    """weight of the commitment"""
+
+
+# -------------------------------------------------------------------------------------------------------------- encoders
+class SpatialPool(nn.Module):
+    """Feature maps to vectors, (B, T, H, W, d) -> (B, T, d): a channel gate, then attention over the H * W cells."""
+
+    def __init__(self, width: int, hidden: int, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.gate = nn.Sequential(nn.Linear(width, width // 8, bias=False), nn.ReLU(),
+                                  nn.Linear(width // 8, width, bias=False), nn.Sigmoid())
+        self.mean_proj, self.cell_proj = nn.Linear(width, hidden), nn.Linear(width, hidden)
+        self.score = nn.Linear(hidden, 1)
+
+    def forward(self, x):
+        x = x.flatten(2, 3)  # (B, T, H*W, d)
+        x = x + x * self.gate(x.mean(2, keepdim=True))
+        if self.kind == "sum":
+            return x.sum(2)
+        match = F.relu(self.mean_proj(x.mean(2, keepdim=True))) * F.relu(self.cell_proj(x))  # (B, T, H*W, hidden)
+        weight = self.score(match).tanh().softmax(2)  # (B, T, H*W, 1)
+        return (weight * x).sum(2)
+
+
+class SemanticEncoder(nn.Module):
+    """Phi_m: features (B, T, ...) -> semantic z (B, T, D). No positional encoding: position alone would solve L_fine."""
+
+    def __init__(self, modality: str, shape: tuple, code_dim: int, spatial_pool: str):
+        super().__init__()
+        width = shape[-1]
+        self.pool = SpatialPool(width, code_dim, spatial_pool) if len(shape) == 4 else None
+        self.lstm = nn.LSTM(width, 128, 2, batch_first=True, bidirectional=True) if modality == "text" else None
+        self.proj = nn.Linear(256 if modality == "text" else width, code_dim)
+        layer = nn.TransformerEncoderLayer(code_dim, 4, 1024, dropout=0.1, batch_first=True)
+        self.transformer = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        x = self.pool(x) if self.pool else x  # (B, T, H, W, d) -> (B, T, d)
+        x = self.lstm(x)[0] if self.lstm else x  # (B, T, d) -> (B, T, 256)
+        return self.transformer(self.proj(x))
+
+
+def to_channels_first(x):
+    """(B, T, H, W, d) -> (B*T, d, H, W): a view, in the channels-last layout that convolutions like."""
+    return x.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+class Residual(nn.Module):
+    """(N, c, h, w) -> (N, c, h, w)"""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.block = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False),
+                                   nn.ReLU(), nn.Conv2d(width, width, 1, bias=False))
+
+    def forward(self, x):
+        return x + self.block(x)
+
+
+class SpecificEncoder(nn.Module):
+    """Psi_m, what only this modality knows: (B, T, d) -> (B, T, 256), or (B, T, H, W, d) -> (B*T, 2 r d, H-4, W-4)."""
+
+    def __init__(self, shape: tuple, recon_width: int):
+        super().__init__()
+        width, self.is_map = shape[-1], len(shape) == 4
+        r = recon_width * width
+        self.net = nn.Sequential(nn.Conv2d(width, r, 3), nn.ReLU(), nn.Conv2d(r, 2 * r, 3), nn.ReLU(),
+                                 nn.Conv2d(2 * r, 2 * r, 1), Residual(2 * r), nn.ReLU()) if self.is_map else \
+            nn.Sequential(nn.Linear(width, 256), nn.ReLU())
+
+    def forward(self, x):
+        return self.net(to_channels_first(x) if self.is_map else x)
+
+
+# ------------------------------------------------------------------------------------------------------------- quantizer
+def nearest_code(z, codebook):
+    """Index of the codeword at the smallest squared Euclidean distance: z (..., D), codebook (K, D) -> (...) int64.
+
+    Computed in fp32 at least, also under autocast. Raises ValueError if the widths differ."""
+    if z.shape[-1] != codebook.shape[-1]:
+        raise ValueError(f"z has width {z.shape[-1]}, codebook has width {codebook.shape[-1]}")
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    flat, codes = z.detach().reshape(-1, z.shape[-1]).to(dtype), codebook.to(dtype)
+    with torch.autocast(z.device.type, enabled=False):
+        # ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2, the first term being the same for all codes
+        distance = torch.addmm(codes.square().sum(1), flat, codes.T, alpha=-2)  # (N, K)
+    return distance.argmin(1).view(z.shape[:-1])
+
+
+def ema_update(ema_count, ema_sum, code_index, vectors, decay: float):
+    """One joint EMA step over all the vectors: ema_count (K,), ema_sum (K, D), code_index (N,), vectors (N, D).
+
+    Returns new (ema_count, ema_sum, codebook); the Laplace-smoothed count divides and is never written back.
+    Raises ValueError on shapes that do not fit."""
+    if code_index.shape != vectors.shape[:1]:
+        raise ValueError(f"code_index has shape {tuple(code_index.shape)}, expected {tuple(vectors.shape[:1])}")
+    if ema_sum.shape != (len(ema_count), vectors.shape[-1]):
+        raise ValueError(f"ema_sum has shape {tuple(ema_sum.shape)}, expected {(len(ema_count), vectors.shape[-1])}")
+    vectors = vectors.detach().to(ema_sum.dtype)
+    count = torch.zeros_like(ema_count).index_add_(0, code_index, torch.ones_like(vectors[:, 0]))
+    total = torch.zeros_like(ema_sum).index_add_(0, code_index, vectors)
+    ema_count = decay * ema_count + (1 - decay) * count
+    ema_sum = decay * ema_sum + (1 - decay) * total
+    eps, n = 1e-5, ema_count.sum()
+    smoothed = (ema_count + eps) / (n + len(ema_count) * eps) * n
+    return ema_count, ema_sum, ema_sum / smoothed[:, None]
+
+
+class Quantizer(nn.Module):
+    """One codebook for all modalities, moved by EMA; dead codes are reset together with their EMA statistics."""
+
+    def __init__(self, modalities: list, args: Args):
+        super().__init__()
+        size, self.modalities, self.decay = args.codebook_size, modalities, args.ema_decay
+        self.reset_after, self.reset_rule, self.reset_source = args.reset_after, args.reset_rule, args.reset_source
+        self.register_buffer("codebook", torch.empty(size, args.code_dim).uniform_(-1 / size, 1 / size))
+        self.register_buffer("ema_count", torch.ones(size))
+        self.register_buffer("ema_sum", self.codebook.clone())
+        self.register_buffer("idle", torch.zeros(len(modalities), size, dtype=torch.long))  # steps since last use
+        self.register_buffer("usage", torch.zeros(len(modalities), size))  # selections since the last log line
+        self.register_buffer("resets", torch.zeros(()))  # resets since the last log line
+
+    def forward(self, z: dict):
+        """{m: (B, T, D)} -> (quantized with straight-through gradients {m: (B, T, D)}, code_index {m: (B, T)})"""
+        code_index = nearest_code(torch.stack(list(z.values())), self.codebook)  # (M, B, T)
+        chosen = F.embedding(code_index, self.codebook)  # (M, B, T, D)
+        quantized = {m: v + (e - v).detach() for (m, v), e in zip(z.items(), chosen)}
+        return quantized, dict(zip(z, code_index))
+
+    def candidates(self, z: dict, source: str, generator):
+        """K encoder outputs in random order, (K, D): means over the modalities (`paired`) or single ones (`batch`)."""
+        stacked = torch.stack(list(z.values())).detach()  # (M, B, T, D)
+        rows = (stacked.mean(0) if source == "paired" else stacked).flatten(0, -2)
+        order = torch.randperm(len(rows), generator=generator, device=rows.device)
+        return rows[order[torch.arange(len(self.codebook), device=rows.device) % len(rows)]]
+
+    def start(self, z: dict, generator):
+        """Data-dependent start: the codebook becomes paired encoder outputs of the first batch."""
+        self.codebook.copy_(self.candidates(z, "paired", generator))
+        self.ema_sum.copy_(self.codebook)
+
+    def update(self, z: dict, code_index: dict, vectors: dict, generator):
+        """Once per step, no gradient: EMA over all `vectors` at once, then resets. All dicts {m: (B, T, ...)}."""
+        index = torch.stack(list(code_index.values())).flatten(1)  # (M, N)
+        stacked = torch.stack(list(vectors.values())).detach()  # (M, B, T, D)
+        state = ema_update(self.ema_count, self.ema_sum, index.flatten(), stacked.flatten(0, -2), self.decay)
+        for buffer, value in zip((self.ema_count, self.ema_sum, self.codebook), state):
+            buffer.copy_(value)
+        used = torch.zeros_like(self.usage).scatter_add_(1, index, torch.ones_like(index, dtype=self.usage.dtype))
+        self.usage += used
+        self.idle.copy_(torch.where(used > 0, 0, self.idle + 1))
+        if self.reset_after:
+            self.reset(z, generator)
+
+    def reset(self, z: dict, generator):
+        """Give dead codes a new place, their EMA statistics with them; index arithmetic only, no host synchronisation."""
+        unused = self.idle >= self.reset_after  # (M, K)
+        dead = unused.any(0) if self.reset_rule == "unshared" else unused.all(0)
+        if self.reset_source == "live":
+            lottery = torch.rand(len(dead), len(dead), generator=generator, device=dead.device).masked_fill(dead, -1)
+            place = self.codebook[lottery.argmax(1)]
+            place = place + 1e-3 * torch.randn(place.shape, generator=generator, device=dead.device)
+            dead = dead & ~dead.all()  # nobody is left to copy
+        else:
+            place = self.candidates(z, self.reset_source, generator)
+        self.codebook.copy_(torch.where(dead[:, None], place, self.codebook))
+        self.ema_sum.copy_(torch.where(dead[:, None], place, self.ema_sum))
+        self.ema_count.masked_fill_(dead, 1.0)
+        self.idle.masked_fill_(dead, 0)
+        self.resets += dead.sum()
+
+
+# -------------------------------------------------------------------------------------------------------------- decoders
+class Decoder(nn.Module):
+    """D_m: [code ; specific] -> features. code (B, T, D), specific as SpecificEncoder gives it -> (B, T, ...)"""
+
+    def __init__(self, shape: tuple, code_width: int, recon_width: int):
+        super().__init__()
+        width, self.is_map = shape[-1], len(shape) == 4
+        r = recon_width * width
+        self.mix = nn.Conv2d(code_width + 2 * r, 2 * r, 1) if self.is_map else nn.Linear(code_width + 256, 256)
+        self.net = nn.Sequential(Residual(2 * r), nn.ReLU(), nn.ConvTranspose2d(2 * r, r, 3), nn.ReLU(),
+                                 nn.ConvTranspose2d(r, width, 3)) if self.is_map else \
+            nn.Sequential(nn.ReLU(), nn.Linear(256, width))
+
+    def forward(self, code, specific):
+        if not self.is_map:
+            return self.net(self.mix(torch.cat([code, specific], -1)))
+        b, t = code.shape[:2]
+        plane = code.flatten(0, 1)[..., None, None].expand(-1, -1, *specific.shape[2:])  # (B*T, D, h, w)
+        x = self.net(self.mix(torch.cat([plane, specific], 1)))  # (B*T, d, H, W)
+        return x.permute(0, 2, 3, 1).unflatten(0, (b, t))  # (B, T, H, W, d)
+
+
+class Model(nn.Module):
+    """Encoders, codebook and decoders of every modality; `shape` is {m: (T, d) or (T, H, W, d)}."""
+
+    def __init__(self, shape: dict, args: Args):
+        super().__init__()
+        self.semantic = nn.ModuleDict({m: SemanticEncoder(m, s, args.code_dim, args.spatial_pool) for m, s in shape.items()})
+        self.specific = nn.ModuleDict({m: SpecificEncoder(s, args.recon_width) for m, s in shape.items()})
+        self.quantizer = Quantizer(list(shape), args)
+        self.decoder = nn.ModuleDict({m: Decoder(s, args.code_dim, args.recon_width) for m, s in shape.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------- losses
+def commitment_loss(z: dict, code_index: dict, codebook):
+    """Eq. 7, right: sum over modalities of mean (z_m - sg[e(k_m)])^2; z {m: (B, T, D)}, codebook (K, D) -> ()"""
+    return sum(F.mse_loss(z[m], F.embedding(code_index[m], codebook).detach()) for m in z)
+
+
+def info_nce(query, candidates, temperature: float, similarity: str = "dot"):
+    """InfoNCE with the positives on the diagonal: query and candidates (..., N, D), leading axes broadcast -> ()
+
+    mean_i -log( exp(q_i.c_i / tau) / sum_k exp(q_i.c_k / tau) ), in fp32 at least. Raises ValueError on unequal N, D."""
+    if query.shape[-2:] != candidates.shape[-2:]:
+        raise ValueError(f"query ends in {tuple(query.shape[-2:])}, candidates in {tuple(candidates.shape[-2:])}")
+    if similarity == "cosine":
+        query, candidates = F.normalize(query, dim=-1), F.normalize(candidates, dim=-1)
+    logits = query @ candidates.transpose(-1, -2) / temperature  # (..., N, N)
+    return -logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+
+
+def fcmi_loss(z: dict, mask, temperature: float, similarity: str = "dot"):
+    """FCMI, Eq. 4 and 5, summed over all ordered pairs (m, n), m = n included: masked queries, whole candidates.
+
+    z {m: (B, T, D)}; mask (B, 1, D) or (B, T, 1), one for all or {m: mask} -> (fine, coarse), each ().
+    Raises ValueError if a mask does not broadcast to z."""
+    masks = mask if isinstance(mask, dict) else {m: mask for m in z}
+    for m in z:
+        if any(s not in (1, full) for s, full in zip(masks[m].shape, z[m].shape)) or masks[m].ndim != z[m].ndim:
+            raise ValueError(f"mask of {m} has shape {tuple(masks[m].shape)}, z has {tuple(z[m].shape)}")
+    query = torch.stack([masks[m] * z[m] for m in z])[:, None]  # (M, 1, B, T, D)
+    whole = torch.stack(list(z.values()))[None]  # (1, M, B, T, D)
+    pairs = len(z) ** 2
+    # Eq. 4: per clip i, query zbar_m[i, j] against z_n[i, k] over segments k, positive k = j
+    fine = pairs * info_nce(query, whole, temperature, similarity)
+    # Eq. 5: query mean_t zbar_m[i] against mean_t z_n[j] over clips j, positive j = i
+    coarse = pairs * info_nce(query.mean(-2), whole.mean(-2), temperature, similarity)
+    return fine, coarse
+
+
+def time_aligned(z: dict) -> dict:
+    """Released MM-EMA: (z_m + mean over the other modalities of z_n) / 2 at the same segment, {m: (B, T, D)}"""
+    total = sum(z.values())
+    return {m: (v + (total - v) / (len(z) - 1)) / 2 for m, v in z.items()}
+
+
+def draw_masks(z: dict, args: Args, generator):
+    """FCMI's masks of ones and zeros, one draw a clip: (B, 1, D) over channels or (B, T, 1) over segments, or {m: mask}."""
+    b, t, d = next(iter(z.values())).shape
+    shape = (b, 1, d) if args.mask_axis == "channel" else (b, t, 1)
+    draw = partial(torch.rand, shape, generator=generator, device=generator.device)
+    if args.mask_sharing == "same":
+        return (draw() >= args.mask_ratio).float()
+    return {m: (draw() >= args.mask_ratio).float() for m in z}
+
+
+class CUJP(nn.Module):
+    """Cross-modal unified jigsaw puzzles (3.3): which of P fixed permutations shuffled the O parts of a code?
+
+    Each part of each vector comes from a modality drawn at random. `samples` S > 0 classifies S random permutations per
+    vector instead of all P: an unbiased estimate at S / P of the cost. Raises ValueError unless splits divide code_dim and
+    1 <= permutations <= splits!."""
+
+    def __init__(self, code_dim: int, splits: int, permutations: int, modalities: int, seed: int, samples: int = 0):
+        super().__init__()
+        if splits < 1 or code_dim % splits:
+            raise ValueError(f"splits {splits} does not divide code_dim {code_dim}")
+        if not 1 <= permutations <= math.factorial(splits):
+            raise ValueError(f"permutations {permutations} is not in 1..{splits}! = {math.factorial(splits)}")
+        self.splits, self.modalities, self.samples = splits, modalities, samples
+        rng, chosen = random.Random(seed), {}
+        while len(chosen) < permutations:  # distinct, in the order drawn; never lists all O!
+            chosen.setdefault(tuple(rng.sample(range(splits), splits)))
+        self.register_buffer("permutations", torch.tensor(list(chosen)))  # (P, O)
+        self.hidden = nn.Linear(code_dim, 512)
+        self.classify = nn.Linear(512, permutations)
+
+    def forward(self, quantized: dict, generator=None):
+        """quantized {m: (B, T, D)} -> () cross-entropy of the permutation, mean over vectors and permutations"""
+        parts = torch.stack([q.flatten(0, -2).unflatten(-1, (self.splits, -1)) for q in quantized.values()])  # (M, N, O, w)
+        chosen = torch.randint(len(parts), parts.shape[1:3], generator=generator, device=parts.device)  # (N, O)
+        chosen = F.one_hot(chosen, len(parts)).permute(2, 0, 1)[..., None]  # (M, N, O, 1)
+        return self.puzzle((parts * chosen).sum(0), generator)
+
+    def puzzle(self, parts, generator):
+        """parts (N, O, w) -> (): classify each vector under its permutations"""
+        n, o, w = parts.shape
+        p, device = len(self.permutations), parts.device
+        if self.samples:
+            target = torch.randint(p, (n, self.samples), generator=generator, device=device)  # (N, S)
+        else:
+            target = torch.arange(p, device=device).expand(n, p)  # (N, P)
+        row = torch.arange(n, device=device)[:, None, None] * o + self.permutations[target]  # (N, S, O)
+        shuffled = F.embedding(row, parts.reshape(n * o, w)).flatten(0, 1).flatten(1)  # (N*S, O*w)
+        logits = self.classify(F.relu(self.hidden(shuffled)))  # (N*S, P)
+        return F.cross_entropy(logits.float(), target.flatten())
+
+
+class MMJP(CUJP):
+    """Multimodal jigsaw puzzles (Dong et al.): the parts of all modalities are permuted together, H reads M * D."""
+
+    def __init__(self, code_dim: int, splits: int, permutations: int, modalities: int, seed: int, samples: int = 0):
+        super().__init__(modalities * code_dim, modalities * splits, permutations, modalities, seed, samples)
+
+    def forward(self, quantized: dict, generator=None):
+        """quantized {m: (B, T, D)} -> ()"""
+        parts = torch.cat(list(quantized.values()), -1).flatten(0, -2).unflatten(-1, (self.splits, -1))  # (N, M*O, w)
+        return self.puzzle(parts, generator)
+
+
+# -------------------------------------------------------------------------------------------------------------- encoding
+def encode(model: Model, features, modality: str):
+    """What a probe reads: features (N, T, ...) -> quantized (N, T, D), code_index (N, T)"""
+    code_index = nearest_code(model.semantic[modality](features), model.quantizer.codebook)
+    return F.embedding(code_index, model.quantizer.codebook), code_index
+
+
+# ------------------------------------------------------------------------------------------------------------ run folder
+PAPER = {"classification": {"epochs": 30, "learning_rate": 4e-4, "batch_size": 80},  # the released probes' settings
+         "open_set": {"epochs": 25, "learning_rate": 4e-4, "batch_size": 80}}
+
+
+def paper_settings(pretraining_epochs: int) -> dict:
+    """The released probes stop at a fixed epoch number but start counting where pretraining ended."""
+    return {task: setting | {"epochs": max(1, setting["epochs"] - pretraining_epochs)} for task, setting in PAPER.items()}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` or a torch device name -> device. Raises InputError if it does not exist here."""
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device auto")
+
+
+def settle(args: Args, features: Features, probe_features: Features) -> list:
+    """Check the arguments against the data, resolve the defaults that depend on its size; returns the modalities."""
+    modalities = [m for m in features.modalities if m in args.modalities] if args.modalities else features.modalities
+    for absent in set(args.modalities) - set(features.modalities):
+        raise InputError(f"--modalities {absent}: the data holds {' '.join(features.modalities)}")
+    if len(modalities) < 2:
+        raise InputError(f"--modalities {' '.join(modalities)}: at least two are needed; the data holds "
+                         f"{' '.join(features.modalities)}")
+    for m in set(modalities) & set(probe_features.modalities):
+        if probe_features.shape[m] != features.shape[m]:
+            raise InputError(f"--probe-data: {m} has shape {probe_features.shape[m]}, the training data {features.shape[m]}")
+    for m in modalities:
+        if len(features.shape[m]) == 4 and min(features.shape[m][1:3]) < 5:
+            raise InputError(f"{m}: maps of {features.shape[m][1:3]} cells, at least 5 x 5 are needed")
+    for name in ("codebook_size", "code_dim", "batch_size", "learning_rate", "log_every", "temperature", "cujp_permutations"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    if args.code_dim % 4:
+        raise InputError(f"--code-dim {args.code_dim}: must be divisible by 4, the attention heads")
+    if not 0 <= args.mask_ratio < 1:
+        raise InputError(f"--mask-ratio {args.mask_ratio}: must be in [0, 1)")
+    if args.cujp_splits < 1 or args.code_dim % args.cujp_splits:
+        raise InputError(f"--cujp-splits {args.cujp_splits}: must divide --code-dim {args.code_dim}")
+    small = len(features.clips("train")) < 10_000
+    defaults = {"epochs": 5, "reset_after": 10 if small else 300, "recon_width": 1 if small else 2,
+                "cujp_samples": 16 if small else 0}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return modalities
+
+
+def resume_settings(args: Args):
+    """The settings and state of the run `args.resume`. Where and how far to run may change, the experiment may not."""
+    path = Path(args.resume) / "checkpoint.pt"
+    if not path.is_file():
+        raise InputError(f"--resume {args.resume}: no checkpoint.pt inside; give a run folder")
+    if (Path(args.resume) / "results.json").exists():
+        raise InputError(f"--resume {args.resume}: this run is complete, see its results.json")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever is wrong with the file, the user needs one line
+        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})")
+    if state["method"] != METHOD:
+        raise InputError(f"{path}: a checkpoint of {state['method']}, this is {METHOD}.py")
+    saved, default = Args(**state["args"]), Args()
+    for name, given in asdict(args).items():
+        if name in ("resume", "stop_after_steps", "device", "runs_dir", "features_on", "compile"):
+            setattr(saved, name, given)
+        elif given not in (getattr(default, name), getattr(saved, name)):
+            raise InputError(f"--{name.replace('_', '-')} {given}: the run was started with {getattr(saved, name)}; "
+                             "a resumed run keeps its settings")
+    return saved, state
+
+
+def make_run_folder(args: Args, name: str) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 1000 % 1_000_000:06d}"
+    run = Path(args.resume or f"{args.runs_dir}/{METHOD}__{name}__{args.seed}__{stamp}")
+    try:
+        run.mkdir(parents=True, exist_ok=bool(args.resume))
+    except OSError as error:
+        raise InputError(f"--runs-dir {args.runs_dir}: cannot be written ({error.strerror})")
+    return run
+
+
+def write(path: Path, save) -> None:
+    """`save(temporary path)`, then rename: `path` is either the old file or the whole new one, never a part."""
+    temporary = path.with_suffix(".tmp")
+    save(temporary)
+    os.replace(temporary, path)
+
+
+def codebook_health(quantizer: Quantizer, code_index: dict) -> dict:
+    """Tags of the codebook since the last log line, as tensors; perplexity exp(H) of the selections of each modality."""
+    share = quantizer.usage / quantizer.usage.sum(1, keepdim=True)
+    perplexity = torch.special.entr(share).sum(1).exp()
+    pairs = itertools.combinations(code_index.values(), 2)
+    tags = {f"codebook/used_{m}": (u > 0).sum() for m, u in zip(code_index, quantizer.usage)}
+    tags |= {f"codebook/perplexity_{m}": p for m, p in zip(code_index, perplexity)}
+    agreement = torch.stack([(a == b).float().mean() for a, b in pairs]).mean()
+    return tags | {"codebook/agreement": agreement, "codebook/resets": quantizer.resets}
+
+
+def show_codebook(writer: SummaryWriter, codebook, counts, modalities: list, step: int) -> None:
+    """TensorBoard: the codebook in the projector, labelled with the modalities that use each code, and a usage picture.
+
+    counts (M, K): a modality uses a code if it holds at least a tenth of the code's selections (MICU, Fig. 6)."""
+    share = counts / counts.sum(0).clamp(min=1)
+    labels = ["+".join(m for m, s in zip(modalities, column) if s >= 0.1) or "unused" for column in share.T.tolist()]
+    writer.add_embedding(codebook, labels, tag="codebook", global_step=step)
+    rows = counts[:, counts.sum(0).argsort(descending=True)].sqrt()
+    picture = (rows / rows.amax(1, keepdim=True).clamp(min=1)).repeat_interleave(24, 0).repeat_interleave(2, 1)
+    writer.add_image("codebook/usage", picture, step, dataformats="HW")  # one band a modality, codes by total use
+
+
+def git_commit() -> str:
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.excepthook = explain_input_errors
+    args, state = tyro.cli(Args, description=__doc__), None
+    if args.resume:
+        args, state = resume_settings(args)
+    clock = time.perf_counter()
+
+    # ---- seed, device, precision
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    streams = {name: torch.Generator(device).manual_seed(args.seed * 1000 + i)  # one loss off leaves the others' draws alone
+               for i, name in enumerate(("reset", "mask", "puzzle"))}
+
+    # ---- data
+    features = Features(data_files(args.data, args.runs_dir))
+    probe_features = Features(args.probe_data) if args.probe_data else features
+    modalities = settle(args, features, probe_features)
+    batches = Batches(features, modalities, "train", args.batch_size, device, args.seed, args.features_on)
+    probes.check_request(probe_features, modalities, args.known_classes)
+    steps = args.epochs * len(batches)
+    seconds = {"data": time.perf_counter() - clock}
+
+    # ---- model and optimizer
+    model = Model({m: features.shape[m] for m in modalities}, args).to(device)
+    modules = nn.ModuleDict({"model": model})
+    if args.jigsaw != "none":  # METHOD
+        parts = args.cujp_splits * (1 if args.jigsaw == "cujp" else len(modalities))  # METHOD
+        puzzle = {"cujp": CUJP, "mmjp": MMJP}[args.jigsaw]  # METHOD
+        modules["jigsaw"] = puzzle(args.code_dim, args.cujp_splits, min(math.factorial(parts), args.cujp_permutations),
+                                   len(modalities), args.seed, args.cujp_samples).to(device)  # METHOD
+    optimizer = torch.optim.Adam(modules.parameters(), lr=args.learning_rate, fused=True)
+    weights = {"recon": args.lambda_recon, "commitment": args.lambda_commit, "fcmi_fine": args.lambda_fine,
+               "fcmi_coarse": args.lambda_coarse, "cujp": args.lambda_cujp}  # METHOD
+    if args.compile:
+        for module in (*model.semantic.values(), *model.specific.values(), *model.decoder.values()):
+            module.compile()
+
+    # ---- run folder, resume
+    step = 0
+    if state:
+        try:
+            modules.load_state_dict(state["modules"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{args.resume}/checkpoint.pt does not fit the data: {str(error).splitlines()[-1].strip()}")
+        step, seconds = state["step"], seconds | state["seconds"]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+        for name, stream in streams.items():
+            stream.set_state(state["rng"][name])
+    run = make_run_folder(args, features.name)
+    write(run / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=1)))
+    log_file = run / "metrics.jsonl"
+    lines = log_file.read_text().splitlines() if log_file.exists() else []
+    log_file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    writer = SummaryWriter(str(run), purge_step=step + 1 if state else None)
+
+    def log(tags: dict, step: int) -> None:
+        with open(log_file, "a") as stream:
+            stream.write(json.dumps({"step": step, **tags}) + "\n")
+        for tag, value in tags.items():
+            writer.add_scalar(tag, value, step)
+
+    def save_checkpoint(step: int) -> None:
+        rng = {name: stream.get_state() for name, stream in streams.items()} | {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(device)
+        write(run / "checkpoint.pt", lambda path: torch.save(
+            {"method": METHOD, "args": asdict(args), "shape": {m: features.shape[m] for m in modalities}, "step": step,
+             "modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng, "seconds": seconds}, path))
+
+    def evaluate(step: int):
+        tags, counts = probes.evaluate(model, encode, probe_features, modalities, args.codebook_size, device,
+                                       args.protocol, args.known_classes, paper_settings(step // len(batches)))
+        log(tags, step)
+        return tags, counts
+
+    interrupts = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: interrupts.append(number))
+    again = f"python {METHOD}.py --resume {run}"
+
+    # ---- training
+    bar = tqdm(total=steps, initial=step, desc=METHOD, disable=not sys.stdout.isatty(), dynamic_ncols=True)
+    modules.train()
+    clock, last_clock, last_step = time.perf_counter() - seconds.get("train", 0.0), time.perf_counter(), step
+    while step < steps:
+        epoch, start = divmod(step, len(batches))
+        for batch in batches.epoch(epoch, start):
+            with autocast():
+                z = {m: model.semantic[m](x) for m, x in batch.items()}  # {m: (B, T, D)}
+            z = {m: v.float() for m, v in z.items()}
+            if step == 0 and args.codebook_init == "data":
+                model.quantizer.start(z, streams["reset"])
+            quantized, code_index = model.quantizer(z)
+            with autocast():
+                decoded = {m: model.decoder[m](quantized[m], model.specific[m](x)) for m, x in batch.items()}
+            losses = {"recon": sum(F.mse_loss(decoded[m].float(), x) for m, x in batch.items()),
+                      "commitment": commitment_loss(z, code_index, model.quantizer.codebook)}
+            mask = draw_masks(z, args, streams["mask"])  # METHOD
+            losses["fcmi_fine"], losses["fcmi_coarse"] = fcmi_loss(z, mask, args.temperature, args.similarity)  # METHOD
+            if args.jigsaw != "none":  # METHOD
+                with autocast():  # METHOD
+                    losses["cujp"] = modules["jigsaw"](quantized, streams["puzzle"])  # METHOD
+            vectors = z if args.mm_ema == "none" else time_aligned(z)  # METHOD
+            loss = sum(weights[name] * value for name, value in losses.items())
+
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(modules.parameters(), 0.5)
+            optimizer.step()
+            with torch.no_grad():
+                model.quantizer.update(z, code_index, vectors, streams["reset"])
+            step += 1
+            bar.update()
+
+            if step % args.log_every == 0 or step % len(batches) == 0:
+                tags = {f"losses/{name}": value for name, value in losses.items()} | {"losses/total": loss}
+                tags |= codebook_health(model.quantizer, code_index) | {"charts/grad_norm": grad_norm}
+                tags = dict(zip(tags, torch.stack([v.detach().float() for v in tags.values()]).tolist()))
+                if not math.isfinite(tags["losses/total"] + tags["charts/grad_norm"]):
+                    good = "the last good checkpoint is " + str(run / "checkpoint.pt")
+                    raise InputError(f"the loss is not finite at step {step}: "
+                                     + ", ".join(f"{k} {v:.3g}" for k, v in tags.items() if k.startswith("losses/"))
+                                     + f"; {good if (run / 'checkpoint.pt').exists() else 'no checkpoint yet'}; "
+                                     "try a smaller --learning-rate")
+                tags["charts/epoch"] = step / len(batches)
+                tags["charts/clips_per_second"] = args.batch_size * (step - last_step) / (time.perf_counter() - last_clock)
+                log(tags, step)
+                used = "/".join(f"{tags[f'codebook/used_{m}']:.0f}" for m in modalities)
+                bar.set_postfix_str(f"loss {tags['losses/total']:.2f} codes {used} agree {tags['codebook/agreement']:.2f}")
+                model.quantizer.usage.zero_()
+                model.quantizer.resets.zero_()
+                last_clock, last_step = time.perf_counter(), step
+            if interrupts or step == args.stop_after_steps or step % len(batches) == 0:
+                seconds["train"] = time.perf_counter() - clock
+                save_checkpoint(step)
+            if interrupts or step == args.stop_after_steps:
+                print(f"stopped after step {step} of {steps}, checkpoint saved; continue with: {again}")
+                sys.exit(128 + interrupts[0] if interrupts else 0)
+        if args.eval_every and step % (args.eval_every * len(batches)) == 0 and step < steps:
+            evaluate(step)
+    bar.close()
+
+    # ---- final probes, results
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(f"stopped while probing, the training is saved; continue with: {again}"))
+    clock = time.perf_counter()
+    tags, counts = evaluate(step)
+    seconds["probe"] = time.perf_counter() - clock
+    show_codebook(writer, model.quantizer.codebook.cpu(), counts, modalities, step)
+    writer.close()
+    on_gpu = device.type == "cuda"
+    results = {
+        "method": METHOD, "data": features.name, "data_sha256": features.sha256(), "seed": args.seed, "args": asdict(args),
+        "torch": torch.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else "cpu", "git": git_commit(),
+        "seconds": seconds, "steps": step, "peak_memory_mb": (torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu
+                                                             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "metrics": tags}
+    write(run / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+    print(probes.table(tags))
+    print(f"run folder: {run}")

@@ -1,0 +1,357 @@
+"""Frozen-probe protocols: a probe trained on the codes of one modality is tested, untouched, on those of another.
+
+    python probes.py RUN                              probe a finished run again, on its own data
+    python probes.py RUN FILE --protocol clean        on another cmg-features file
+
+`clean`: encoder in eval mode, last probe epoch, open-set threshold from held-out clips of the *source* modality; nothing is
+chosen with test labels. `paper`: what the released scripts compute, tags end in `_paper`: dropout stays on while the probe
+trains, the epoch (and the open-set threshold) is the best one on the test clips, and classification is scored on the very
+clips of the training split, in the other modality. The model comes in as a module and a function `encode(model, features,
+modality) -> (quantized (N, T, D), code_index (N, T))`; this file knows nothing of the methods.
+"""
+import importlib
+import itertools
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+
+from data import Features, InputError, data_files, explain_input_errors
+
+EPOCHS, LEARNING_RATE, BATCH_SIZE = 30, 4e-4, 80  # of the clean probes
+REJECT = 0.05  # share of held-out known source clips that the clean open-set threshold rejects
+SHARE = 0.1  # a modality shares a code if it makes at least this part of the code's selections
+
+
+# --------------------------------------------------------------------------------------------------------------- metrics
+def _same_length(**tensors):
+    """Raise ValueError unless all tensors have as many rows as the first one."""
+    (first, expected), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if tensor.shape[:1] != expected.shape[:1]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {first} has {tuple(expected.shape)}")
+
+
+def accuracy(prediction, target) -> dict:
+    """Clip accuracy and the mean over the classes present of class recall; both (N,) int, fractions in [0, 1]."""
+    _same_length(prediction=prediction, target=target)
+    correct = (prediction == target).double()
+    recall = [correct[target == c].mean() for c in target.unique()]
+    return {"acc": correct.mean().item(), "macro_recall": torch.stack(recall).mean().item()}
+
+
+def open_set_metrics(confidence, prediction, target, num_known: int, threshold: float) -> dict:
+    """OS*, UNK and HOS (MICU 4.1) at one threshold; all (N,). Clips with target >= num_known are unknown.
+
+    A clip with confidence < threshold is rejected. `os_star`: share of the known clips accepted and classified right;
+    `os_star_class_mean`: the same as a mean over the known classes present; `unk`: share of the unknown clips rejected;
+    `hos`: their harmonic mean, 0 if both are 0. Raises ValueError on unequal lengths."""
+    _same_length(confidence=confidence, prediction=prediction, target=target)
+    accepted, known = confidence >= threshold, target < num_known
+    right = (accepted & (prediction == target)).double()
+    rejected = (~accepted[~known]).double()
+    per_class = [right[target == c].mean() for c in target[known].unique()]
+    os_star = right[known].mean().item() if known.any() else 0.0
+    unk = rejected.mean().item() if len(rejected) else 0.0
+    return {"os_star": os_star, "os_star_class_mean": torch.stack(per_class).mean().item() if per_class else 0.0,
+            "unk": unk, "hos": 2 * os_star * unk / (os_star + unk) if os_star + unk > 0 else 0.0}
+
+
+def auroc(score_positive, score_negative) -> float:
+    """Probability that a random positive scores above a random negative, ties counting half; (P,), (N,)."""
+    negative = score_negative.double().sort().values
+    positive = score_positive.double().contiguous()
+    below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
+    return (below.double().mean() / (2 * len(negative))).item()
+
+
+def segment_metrics(scores, target, threshold: float = 0.5) -> dict:
+    """Pooled precision, recall and F1 of multi-hot labels; scores and target (..., C), score > threshold predicts.
+
+    0 where nothing is predicted or nothing is there. Raises ValueError on unequal shapes."""
+    if scores.shape != target.shape:
+        raise ValueError(f"target has shape {tuple(target.shape)}, scores have {tuple(scores.shape)}")
+    predicted, true = scores > threshold, target > 0.5
+    hits = (predicted & true).sum().item()
+    precision, recall = hits / max(predicted.sum().item(), 1), hits / max(true.sum().item(), 1)
+    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    return {"precision": precision, "recall": recall, "f1": f1}
+
+
+def recall_at_k(query, database, query_group, database_group, k: int) -> float:
+    """Share of queries with an item of their group among the k nearest by cosine; (Q, D), (N, D), (Q,), (N,).
+
+    Raises ValueError on shapes that do not fit."""
+    _same_length(query=query, query_group=query_group)
+    _same_length(database=database, database_group=database_group)
+    if query.shape[-1] != database.shape[-1]:
+        raise ValueError(f"database has width {database.shape[-1]}, query has {query.shape[-1]}")
+    if not 1 <= k <= len(database):
+        raise ValueError(f"k {k} is not in 1..{len(database)}, the size of the database")
+    similarity = F.normalize(query, dim=-1) @ F.normalize(database, dim=-1).T  # (Q, N)
+    nearest = database_group[similarity.topk(k).indices]  # (Q, k)
+    return (nearest == query_group[:, None]).any(1).double().mean().item()
+
+
+def mask_metrics(probability, target) -> dict:
+    """Segmentation over frames, (..., H, W) each: mIoU at 0.5, and the best F-score (beta^2 = 0.3) over 255 thresholds.
+
+    A frame without a mask scores the share of its correctly empty pixels in mIoU and is left out of the F-score.
+    Raises ValueError on unequal shapes."""
+    if probability.shape != target.shape:
+        raise ValueError(f"target has shape {tuple(target.shape)}, probability has {tuple(probability.shape)}")
+    p, true = probability.flatten(0, -3).flatten(1).double(), target.flatten(0, -3).flatten(1) > 0.5  # (frames, H*W)
+    predicted = p > 0.5
+    union = (predicted | true).sum(1)
+    iou = torch.where(true.any(1), (predicted & true).sum(1) / union.clamp(min=1), (~predicted).double().mean(1))
+    p, true = p[true.any(1)], true[true.any(1)]
+    curve = []
+    for threshold in torch.linspace(0, 1 - 1e-10, 255, dtype=torch.double):
+        predicted = p >= threshold
+        hits = (predicted & true).sum(1).double()
+        precision, recall = hits / predicted.sum(1).clamp(min=1), hits / true.sum(1).clamp(min=1)
+        curve.append((1.3 * precision * recall / (0.3 * precision + recall).clamp(min=1e-12)).mean())
+    return {"miou": iou.mean().item(), "f_score": torch.stack(curve).max().item() if len(p) else 0.0}
+
+
+def code_sharing(counts, share: float) -> dict:
+    """Of the codes in use, the parts shared by 1..M modalities: counts (M, K) selections; a modality has a code if it
+    makes at least `share` of its selections. `shared_i` counts codes, `weighted_i` their selections (MICU, Fig. 6)."""
+    if counts.ndim != 2:
+        raise ValueError(f"counts has shape {tuple(counts.shape)}, expected (M, K)")
+    total = counts.sum(0).double()
+    shared = ((counts >= share * total) & (total > 0)).sum(0)  # (K,) modalities sharing each code, 0 if unused
+    tags = {f"shared_{i}": ((shared == i).sum() / (total > 0).sum()).item() for i in range(1, len(counts) + 1)}
+    return tags | {f"weighted_{i}": (total[shared == i].sum() / total.sum()).item() for i in range(1, len(counts) + 1)}
+
+
+def codebook_metrics(code_index: dict, codebook_size: int):
+    """Health of the code: {m: (N, T) int} -> (tags, counts (M, K)). Agreement is over the pairs of modalities."""
+    counts = torch.stack([i.flatten().bincount(minlength=codebook_size) for i in code_index.values()]).cpu()
+    share = counts.double() / counts.sum(1, keepdim=True)
+    pairs = itertools.combinations(code_index.values(), 2)
+    tags = {f"used_{m}": (row > 0).sum().item() for m, row in zip(code_index, counts)}
+    tags |= {f"perplexity_{m}": row.exp().item() for m, row in zip(code_index, torch.special.entr(share).sum(1))}
+    tags["agreement"] = torch.stack([(a == b).double().mean() for a, b in pairs]).mean().item()
+    return tags | code_sharing(counts, SHARE), counts
+
+
+# ---------------------------------------------------------------------------------------------------------------- probes
+class ClipProbe(nn.Module):
+    """Codes (B, T, D) -> class logits (B, C): linear, maximum over the segments, linear."""
+
+    def __init__(self, width: int, classes: int):
+        super().__init__()
+        self.hidden, self.classify = nn.Linear(width, width), nn.Linear(width, classes)
+
+    def forward(self, codes):
+        return self.classify(self.hidden(codes).amax(1))
+
+
+class Training:
+    """A clip probe and its optimisation: Adam, halved after 10, 20 and 30 epochs, gradient norm clipped at 0.5."""
+
+    def __init__(self, width: int, classes: int, device, learning_rate: float, batch_size: int):
+        self.probe, self.batch_size = ClipProbe(width, classes).to(device), batch_size
+        self.optimizer = torch.optim.Adam(self.probe.parameters(), lr=learning_rate)
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [10, 20, 30], 0.5)
+
+    def epoch(self, codes, target) -> None:
+        """One shuffled pass over codes (N, T, D), target (N,); the last batch is kept."""
+        for rows in torch.randperm(len(codes)).to(codes.device).split(self.batch_size):
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.probe(codes[rows]), target[rows]).backward()
+            nn.utils.clip_grad_norm_(self.probe.parameters(), 0.5)
+            self.optimizer.step()
+        self.schedule.step()
+
+    @torch.no_grad()
+    def predict(self, codes):
+        """(N, T, D) -> confidence (N,), the largest softmax, and prediction (N,)"""
+        return torch.cat([self.probe(part) for part in codes.split(1000)]).softmax(-1).max(-1)
+
+
+@torch.no_grad()
+def read_codes(model, encode, features: Features, modality: str, index, device):
+    """Codes of the clips `index`, encoded in the model's present mode: quantized (N, T, D), code_index (N, T)."""
+    parts = [encode(model, torch.from_numpy(features.read(modality, index[i:i + 200])).to(device).float(), modality)
+             for i in range(0, len(index), 200)]
+    quantized, code_index = zip(*parts)
+    return torch.cat(quantized), torch.cat(code_index)
+
+
+def direction(source: str, target: str, modalities: list) -> str:
+    """`v2a`: trained on video, tested on audio. Initials, or whole names where initials are ambiguous."""
+    short = {m: m[0] for m in modalities} if len({m[0] for m in modalities}) == len(modalities) else {m: m for m in modalities}
+    return f"{short[source]}2{short[target]}"
+
+
+# ------------------------------------------------------------------------------------------------------------- protocols
+def known_counts(features: Features, known: tuple) -> tuple:
+    return tuple(known) or (len(features.classes) // 2,)
+
+
+def check_request(features: Features, modalities: list, known: tuple) -> None:
+    """Raise InputError before any training if the probes could not run on these features."""
+    for k in known_counts(features, known):
+        if features.classes and not 1 <= k < len(features.classes):
+            raise InputError(f"--known-classes {k}: the data has {len(features.classes)} classes, give 1 to "
+                             f"{len(features.classes) - 1}")
+    for split in ("train", "val", "test"):
+        if (features.label >= 0).any() and len(features.clips(split)) == 0:
+            raise InputError(f"{features.files[0].path}: the {split} split is empty, the probes need train, val and test")
+    if not set(modalities) & set(features.modalities):
+        raise InputError(f"{features.files[0].path}: none of the modalities {' '.join(modalities)} is inside")
+
+
+def evaluate(model, encode, features: Features, modalities: list, codebook_size: int, device, protocols: tuple,
+             known: tuple, paper: dict):
+    """All probes of a model on `features`. `paper`: per task the released epochs, learning rate and batch size.
+
+    Returns ({tag: value}, counts (M, K) of code selections on the test clips). Leaves the model, its mode and the random
+    state of the process as they were."""
+    modalities = [m for m in modalities if m in features.modalities]
+    training = model.training
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        model.eval()
+        labelled = (features.label >= 0).any()
+        test = features.clips("test") if len(features.clips("test")) else features.clips("train")
+        code_index = {m: read_codes(model, encode, features, m, test, device)[1] for m in modalities}
+        tags, counts = codebook_metrics(code_index, codebook_size) if len(modalities) > 1 else ({}, None)
+        tags = {f"eval/codebook/{name}": value for name, value in tags.items()}
+        if labelled:
+            clips = {s: features.single_event(features.clips(s)) for s in ("train", "val", "test")}
+            clips = {s: index[features.label[index] >= 0] for s, index in clips.items()}
+            codes = {s: {m: read_codes(model, encode, features, m, index, device)[0] for m in modalities}
+                     for s, index in clips.items()}
+            label = {s: torch.from_numpy(features.label[index]).to(device) for s, index in clips.items()}
+            if "clean" in protocols:
+                tags |= clean(codes, label, features, modalities, known_counts(features, known), device)
+            if "paper" in protocols:
+                def noisy(m):  # dropout on, as the released probes train
+                    model.train()
+                    noisy_codes = read_codes(model, encode, features, m, clips["train"], device)[0]
+                    model.eval()
+                    return noisy_codes
+                tags |= as_published(noisy, codes, label, features, modalities, known_counts(features, known), device, paper)
+        model.train(training)
+    return tags, counts
+
+
+def clean(codes, label, features, modalities, known, device) -> dict:
+    """Nothing is chosen with test labels. codes {split: {m: (N, T, D)}}, label {split: (N,)} -> tags"""
+    tags = {}
+    for source in modalities:
+        width = codes["train"][source].shape[-1]
+        for k in (None, *known):  # None: all classes
+            keep = label["train"] < (k or len(features.classes))
+            run = Training(width, k or len(features.classes), device, LEARNING_RATE, BATCH_SIZE)
+            for _ in range(EPOCHS):
+                run.epoch(codes["train"][source][keep], label["train"][keep])
+            if k:
+                held_out = run.predict(codes["val"][source][label["val"] < k])[0]
+                threshold = held_out.quantile(REJECT).item()
+            for target in modalities:
+                confidence, prediction = run.predict(codes["test"][target])
+                if k is None:
+                    result = accuracy(prediction, label["test"])
+                    same = accuracy(run.predict(codes["test"][source])[1], label["test"])["acc"]
+                    result = {"acc": result["acc"], "acc_same": same, "macro_recall": result["macro_recall"]}
+                else:
+                    result = open_set_metrics(confidence, prediction, label["test"], k, threshold)
+                    result["hos_oracle"] = best_threshold(confidence, prediction, label["test"], k)["hos"]
+                    result["auroc"] = auroc(confidence[label["test"] < k], confidence[label["test"] >= k])
+                if target != source:
+                    task = f"open_set_{k}" if k else "classification"
+                    path = f"eval/{task}/{direction(source, target, modalities)}"
+                    tags |= {f"{path}/{name}": value for name, value in result.items()}
+    return tags
+
+
+def best_threshold(confidence, prediction, target, num_known: int) -> dict:
+    """The released sweep: of 10 evenly spaced thresholds from the least to the greatest confidence, the best HOS."""
+    low, high = confidence.min().item(), confidence.max().item()
+    sweep = [low + (high - low) * i / 9 for i in range(9)] + [high]
+    return max((open_set_metrics(confidence, prediction, target, num_known, t) for t in sweep), key=lambda r: r["hos"])
+
+
+def as_published(noisy, codes, label, features, modalities, known, device, paper) -> dict:
+    """The released protocol with its leaks; `noisy(m)` encodes the training clips anew with dropout on -> tags"""
+    tags = {}
+    for source in modalities:
+        width, runs = codes["train"][source].shape[-1], {}
+        for k in (None, *known):
+            setting = paper["open_set" if k else "classification"]
+            runs[k] = Training(width, k or len(features.classes), device, setting["learning_rate"], setting["batch_size"])
+        for epoch in range(max(setting["epochs"] for setting in paper.values())):
+            train_codes = noisy(source)
+            for k, run in runs.items():
+                task = f"open_set_{k}" if k else "classification"
+                if epoch >= paper["open_set" if k else "classification"]["epochs"]:
+                    continue
+                keep = label["train"] < (k or len(features.classes))
+                run.epoch(train_codes[keep], label["train"][keep])
+                for target in modalities:
+                    if target == source:
+                        continue
+                    scored = "test" if k else "train"  # classification: the training clips in the other modality
+                    confidence, prediction = run.predict(codes[scored][target])
+                    result = best_threshold(confidence, prediction, label[scored], k) if k else \
+                        {"acc": accuracy(prediction, label[scored])["acc"]}
+                    path, goal = f"eval/{task}/{direction(source, target, modalities)}", "hos" if k else "acc"
+                    if result[goal] > tags.get(f"{path}/{goal}_paper", -1):  # the best epoch on the test labels
+                        names = ("os_star", "unk", "hos") if k else ("acc",)
+                        tags |= {f"{path}/{name}_paper": result[name] for name in names}
+    return tags
+
+
+def table(tags: dict) -> str:
+    """The `eval/` tags in plain columns: fractions in percent with one decimal, counts as they are."""
+    tasks = {}
+    for tag, value in tags.items():
+        _, task, *where, metric = tag.split("/")
+        if task == "codebook":
+            where, metric = [metric], "value"
+        plain = task == "codebook" and where[0].startswith(("used", "perplexity"))
+        tasks.setdefault(task, {}).setdefault(where[0], {})[metric] = f"{value:.0f}" if plain else f"{100 * value:.1f}"
+    lines = []
+    for task, rows in tasks.items():
+        metrics = list(next(iter(rows.values())))
+        widths = [max(len(name), 6) for name in metrics]
+        lines += ["", f"{task:19}" + "  ".join(f"{name:>{w}}" for name, w in zip(metrics, widths))]
+        lines += [f"  {row:17}" + "  ".join(f"{values[name]:>{w}}" for name, w in zip(metrics, widths))
+                  for row, values in rows.items()]
+    return "\n".join(lines[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+def main(run: tyro.conf.Positional[str], files: tyro.conf.Positional[tuple[str, ...]] = (), *,
+         protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper"), known_classes: tuple[int, ...] = (),
+         device: str = "auto") -> None:
+    """Probe the model of RUN (a run folder or its checkpoint.pt) on FILES (default: the data it was trained on)."""
+    path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever is wrong with the file, the user needs one line
+        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})")
+    method = importlib.import_module(state["method"])
+    args, shape = method.Args(**state["args"]), state["shape"]
+    device = method.pick_device(device)
+    features = Features(files or args.probe_data or data_files(args.data, args.runs_dir))
+    check_request(features, list(shape), known_classes or args.known_classes)
+    model = method.Model(shape, args).to(device)
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state["modules"].items()
+                           if name.startswith("model.")})
+    tags, _ = evaluate(model, method.encode, features, list(shape), args.codebook_size, device, protocol,
+                       known_classes or args.known_classes, method.paper_settings(args.epochs))
+    print(table(tags))
+
+
+if __name__ == "__main__":
+    sys.excepthook = explain_input_errors
+    tyro.cli(main)
