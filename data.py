@@ -369,7 +369,11 @@ def data_files(data: list, runs_dir: str) -> list:
     recipe = hashlib.sha256(DIGITS_FILE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
     path = Path(runs_dir) / f"digits-{recipe}.h5"
     if not path.exists():
-        write_digits(str(path))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_digits(str(path))
+        except OSError as error:
+            raise InputError(f"--runs-dir {runs_dir}: cannot be written ({error.strerror})")
     return [str(path)]
 
 

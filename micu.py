@@ -116,7 +116,7 @@ class Args:
     cujp_permutations: int = 256
     """most permutations to tell apart: P = min(O!, this)"""
     cujp_samples: Optional[int] = None
-    """permutations classified per vector and step, an unbiased estimate; 0: all P; default: 16 under 10,000 clips, else 0"""
+    """permutations classified per vector and step, an unbiased estimate; 0: all P; default: 8 under 10,000 clips, else 0"""
     mm_ema: Literal["none", "time-aligned"] = "none"
     """vectors behind the EMA: own, or averaged with the other modalities' at the same segment (released code)"""
     lambda_fine: float = 1.0
@@ -148,9 +148,10 @@ class SpatialPool(nn.Module):
         x = x + x * self.gate(x.mean(2, keepdim=True))
         if self.kind == "sum":
             return x.sum(2)
-        match = F.relu(self.mean_proj(x.mean(2, keepdim=True))) * F.relu(self.cell_proj(x))  # (B, T, H*W, hidden)
-        weight = self.score(match).tanh().softmax(2)  # (B, T, H*W, 1)
-        return (weight * x).sum(2)
+        # score of a cell = w.(relu(A mean x) * relu(Q x)) + b, the mean's factor folded into w
+        w = F.relu(self.mean_proj(x.mean(2))) * self.score.weight  # (B, T, hidden)
+        score = F.relu(self.cell_proj(x)) @ w[..., None] + self.score.bias  # (B, T, H*W, 1)
+        return (score.tanh().softmax(2) * x).sum(2)
 
 
 class SemanticEncoder(nn.Module):
@@ -493,7 +494,7 @@ def settle(args: Args, features: Features, probe_features: Features) -> list:
         raise InputError(f"--cujp-splits {args.cujp_splits}: must divide --code-dim {args.code_dim}")
     small = len(features.clips("train")) < 10_000
     defaults = {"epochs": 5, "reset_after": 10 if small else 300, "recon_width": 1 if small else 2,
-                "cujp_samples": 16 if small else 0}
+                "cujp_samples": 8 if small else 0}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -24,6 +24,7 @@ from data import Features, InputError, data_files, explain_input_errors
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE = 30, 4e-4, 80  # of the clean probes
 REJECT = 0.05  # share of held-out known source clips that the clean open-set threshold rejects
+DROPOUT_DRAWS = 5  # encodings with dropout that the epochs of a `paper` probe take in turn; the release makes one an epoch
 SHARE = 0.1  # a modality shares a code if it makes at least this part of the code's selections
 
 
@@ -284,12 +285,12 @@ def as_published(noisy, codes, label, features, modalities, known, device, paper
     """The released protocol with its leaks; `noisy(m)` encodes the training clips anew with dropout on -> tags"""
     tags = {}
     for source in modalities:
-        width, runs = codes["train"][source].shape[-1], {}
+        width, runs, draws = codes["train"][source].shape[-1], {}, [noisy(source) for _ in range(DROPOUT_DRAWS)]
         for k in (None, *known):
             setting = paper["open_set" if k else "classification"]
             runs[k] = Training(width, k or len(features.classes), device, setting["learning_rate"], setting["batch_size"])
         for epoch in range(max(setting["epochs"] for setting in paper.values())):
-            train_codes = noisy(source)
+            train_codes = draws[epoch % DROPOUT_DRAWS]
             for k, run in runs.items():
                 task = f"open_set_{k}" if k else "classification"
                 if epoch >= paper["open_set" if k else "classification"]["epochs"]:

@@ -269,10 +269,10 @@ def slow_code_sharing(counts, share):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
 def test_code_sharing_by_hand(dtype):
     # alone; exactly a tenth, so two share it; just below a tenth; never used; all three, the third exactly a tenth
-    counts = torch.tensor([[5, 1, 1, 0, 14], [0, 9, 19, 0, 13], [0, 0, 0, 0, 3]], dtype=dtype)
+    counts = torch.tensor([[5, 1, 1, 0, 33], [0, 9, 19, 0, 30], [0, 0, 0, 0, 7]], dtype=dtype)
     shared, weighted = sharing(counts, 0.1)
     assert shared == approx([2 / 4, 1 / 4, 1 / 4])
-    assert weighted == approx([25 / 65, 10 / 65, 30 / 65])
+    assert weighted == approx([25 / 105, 10 / 105, 70 / 105])
 
 
 @pytest.mark.parametrize("modalities", [2, 3, 4])
