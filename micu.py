@@ -97,6 +97,8 @@ class Args:
     """what a reset code becomes: mean output of all modalities at one segment, one output, or a live code plus noise"""
     spatial_pool: Literal["attention", "sum"] = "attention"
     """how the cells of a feature map become one vector; `sum` is what the released code computes"""
+    pool_sharpness: float = 10.0
+    """factor of the attention scores, which lie in (-1, 1): at 1 no cell of 49 can get more than 13 % of the weight"""
     recon_width: Optional[int] = None
     """channels of the modality-specific map branch, as a multiple of d; default: 1 under 10,000 clips, else 2"""
     mask_ratio: float = 0.3
@@ -135,9 +137,9 @@ class Args:
 class SpatialPool(nn.Module):
     """Feature maps to vectors, (B, T, H, W, d) -> (B, T, d): a channel gate, then attention over the H * W cells."""
 
-    def __init__(self, width: int, hidden: int, kind: str):
+    def __init__(self, width: int, hidden: int, kind: str, sharpness: float):
         super().__init__()
-        self.kind = kind
+        self.kind, self.sharpness = kind, sharpness
         self.gate = nn.Sequential(nn.Linear(width, width // 8, bias=False), nn.ReLU(),
                                   nn.Linear(width // 8, width, bias=False), nn.Sigmoid())
         self.mean_proj, self.cell_proj = nn.Linear(width, hidden), nn.Linear(width, hidden)
@@ -151,16 +153,16 @@ class SpatialPool(nn.Module):
         # score of a cell = w.(relu(A mean x) * relu(Q x)) + b, the mean's factor folded into w
         w = F.relu(self.mean_proj(x.mean(2))) * self.score.weight  # (B, T, hidden)
         score = F.relu(self.cell_proj(x)) @ w[..., None] + self.score.bias  # (B, T, H*W, 1)
-        return (score.tanh().softmax(2) * x).sum(2)
+        return ((self.sharpness * score.tanh()).softmax(2) * x).sum(2)
 
 
 class SemanticEncoder(nn.Module):
     """Phi_m: features (B, T, ...) -> semantic z (B, T, D). No positional encoding: position alone would solve L_fine."""
 
-    def __init__(self, modality: str, shape: tuple, code_dim: int, spatial_pool: str):
+    def __init__(self, modality: str, shape: tuple, args: Args):
         super().__init__()
-        width = shape[-1]
-        self.pool = SpatialPool(width, code_dim, spatial_pool) if len(shape) == 4 else None
+        width, code_dim = shape[-1], args.code_dim
+        self.pool = SpatialPool(width, code_dim, args.spatial_pool, args.pool_sharpness) if len(shape) == 4 else None
         self.lstm = nn.LSTM(width, 128, 2, batch_first=True, bidirectional=True) if modality == "text" else None
         self.proj = nn.Linear(256 if modality == "text" else width, code_dim)
         layer = nn.TransformerEncoderLayer(code_dim, 4, 1024, dropout=0.1, batch_first=True)
@@ -329,7 +331,7 @@ class Model(nn.Module):
 
     def __init__(self, shape: dict, args: Args):
         super().__init__()
-        self.semantic = nn.ModuleDict({m: SemanticEncoder(m, s, args.code_dim, args.spatial_pool) for m, s in shape.items()})
+        self.semantic = nn.ModuleDict({m: SemanticEncoder(m, s, args) for m, s in shape.items()})
         self.specific = nn.ModuleDict({m: SpecificEncoder(s, args.recon_width) for m, s in shape.items()})
         self.quantizer = Quantizer(list(shape), args)
         self.decoder = nn.ModuleDict({m: Decoder(s, args.code_dim, args.recon_width) for m, s in shape.items()})

@@ -1,0 +1,93 @@
+"""Does each part earn its place? Runs the rows below as a user would and collects their results.json.
+
+    python benchmarks/ablations.py micu                       # run what is missing, write benchmarks/micu.json, print it
+    python benchmarks/ablations.py micu --jobs 2 --threads 1  # two runs at a time, one thread each
+
+Every number is from the `clean` protocol on the embedded digits: pairs are made by class there, so the rows compare with
+each other and with nothing else.
+"""
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = {  # method: {row: (flags, seeds)}
+    "micu": {
+        "full method": ("", 3),
+        "no coarse": ("--lambda-coarse 0", 3),
+        "no fine": ("--lambda-fine 0", 3),
+        "no jigsaw": ("--jigsaw none", 3),
+        "MMJP": ("--jigsaw mmjp", 3),
+        "paper's similarity": ("--similarity dot --temperature 1.0", 3),
+        "2 splits": ("--cujp-splits 2", 1),
+        "4 splits": ("--cujp-splits 4", 1),
+        "time mask": ("--mask-axis time", 1),
+        "different masks": ("--mask-sharing different", 1),
+        "256 codes": ("--codebook-size 256", 1),
+        "800 codes": ("--codebook-size 800", 1),
+        "audio and video": ("--modalities audio video", 1),
+        "sum pooling": ("--spatial-pool sum", 1),
+        "all permutations": ("--cujp-samples 0", 1),
+        "unused resets": ("--reset-rule unused", 1),
+        "released recipe": ("--similarity cosine --temperature 0.1 --mask-axis time --mm-ema time-aligned --lambda-cujp 1 "
+                            "--cujp-splits 2 --spatial-pool sum --reset-rule unused --reset-source live --reset-after 300 "
+                            "--codebook-init uniform", 1),
+        "64 codes": ("--codebook-size 64", 1),
+    },
+}
+COLUMNS = ["classification/v2a/acc", "classification/a2v/acc", "classification/t2a/acc", "classification/t2v/acc",
+           "open_set_5/v2a/hos", "open_set_5/a2v/hos", "open_set_5/v2a/hos_oracle", "open_set_5/a2v/hos_oracle",
+           "open_set_5/v2a/auroc", "open_set_5/a2v/auroc", "codebook/used_audio", "codebook/used_video",
+           "codebook/used_text", "codebook/agreement"]
+
+
+def run(command: str, runs_dir: Path, threads: int) -> dict:
+    """One run in a folder of its own -> its results.json"""
+    arguments = [sys.executable, *shlex.split(command)[1:], "--protocol", "clean", "--runs-dir", str(runs_dir)]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command}: {done.stderr.strip()}")
+    return json.loads((Path(done.stdout.splitlines()[-1].removeprefix("run folder: ")) / "results.json").read_text())
+
+
+def main(method: tyro.conf.Positional[Literal["micu"]], jobs: int = 1, threads: int = 0, runs_dir: str = "runs") -> None:
+    out, runs_dir = ROOT / "benchmarks" / f"{method}.json", (ROOT / runs_dir).resolve()
+    rows = json.loads(out.read_text()) if out.exists() else {}
+
+    def one(name: str, seed: int) -> None:
+        flags = ROWS[method][name][0]
+        row = rows.setdefault(name, {"command": f"python {method}.py {flags} --seed S".replace("  ", " "), "seeds": {}})
+        if str(seed) not in row["seeds"]:
+            result = run(f"python {method}.py {flags} --seed {seed}", runs_dir, threads)
+            row["seeds"][str(seed)] = {key: result[key] for key in ("git", "torch", "seconds", "peak_memory_mb", "metrics")}
+            out.write_text(json.dumps({n: rows[n] for n in ROWS[method] if n in rows}, indent=1) + "\n")
+            print(f"{name}, seed {seed}: {result['seconds']['train']:.0f} s", file=sys.stderr, flush=True)
+
+    wanted = [(name, seed) for name, (_, seeds) in ROWS[method].items() for seed in range(1, seeds + 1)]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda job: one(*job), wanted))
+    print("| row | seeds | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 2))
+    for name, row in rows.items():
+        cells = []
+        for column in COLUMNS:
+            values = [seed["metrics"].get(f"eval/{column}") for seed in row["seeds"].values()]
+            scale, digits = (1, 0) if "/used_" in column else (100, 1)
+            if None in values:
+                cells.append("–")
+                continue
+            spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{scale * statistics.mean(values):.{digits}f}{spread}")
+        print(f"| {name} | {len(row['seeds'])} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
