@@ -41,6 +41,12 @@ def explain_input_errors(kind, error, traceback):
     sys.exit(2)
 
 
+def require_shape(name: str, tensor, shape: tuple) -> None:
+    """Raise ValueError naming the argument unless `tensor` has `shape`, in which -1 stands for any length."""
+    if tensor.ndim != len(shape) or any(want not in (-1, have) for have, want in zip(tensor.shape, shape)):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
 # ---------------------------------------------------------------------------------------------------------- feature files
 class FeatureFile:
     """One validated `cmg-features` file. Raises InputError naming the file, the dataset, what was found and expected."""
@@ -299,18 +305,20 @@ def _pick(group: h5py.Group, split: int, rng, label: np.ndarray, name: str) -> n
 
 
 def _compose_audio(base, split, rng, labels, heard) -> np.ndarray:
-    """(N, T, 130): in each segment of its event, the recording resampled to 10 frames x 13 standardised MFCC; noise."""
+    """(N, T, 130): in each segment of its event the recording, as 10 frames x 13 standardised MFCC; low noise always.
+
+    One recording an event, spoken once a segment; each time a little of its start and end is cut, then it is resampled."""
     frames, length = base["audio/frames"][:], base["audio/length"][:]
     train = np.repeat(base["audio/split"][:] == 0, length)
     frames = (frames - frames[train].mean(0)) / frames[train].std(0)
-    first = np.concatenate([[0], length.cumsum()[:-1]])
-    position = np.linspace(0, 1, 10) * (length[:, None] - 1)  # (R, 10) fractional frame
-    low = np.minimum(position.astype(int), length[:, None] - 2)
-    weight = (position - low)[..., None]
-    words = frames[first[:, None] + low] * (1 - weight) + frames[first[:, None] + low + 1] * weight  # (R, 10, 13)
-    group = {"split": base["audio/split"], "label": base["audio/label"], "words": words.reshape(len(words), 130)}
-    word = _pick(group, split, rng, labels, "words")  # (N, 2, 130)
-    audio = np.einsum("nte,ned->ntd", heard.astype(np.float32), word.astype(np.float32))
+    group = {"split": base["audio/split"], "label": base["audio/label"], "row": np.arange(len(length))}
+    row = _pick(group, split, rng, labels, "row")[:, None, :, None]  # (N, 1, 2, 1)
+    cut = rng.uniform(0, 0.15, (2, *heard.shape, 1))
+    position = (cut[0] + (1 - cut.sum(0)) * np.linspace(0, 1, 10)) * (length[row] - 1)  # (N, T, 2, 10) fractional frames
+    low = np.minimum(position.astype(int), length[row] - 2)
+    weight, low = (position - low)[..., None], low + (length.cumsum() - length)[row]
+    words = frames[low] * (1 - weight) + frames[low + 1] * weight  # (N, T, 2, 10, 13)
+    audio = (heard[..., None] * words.reshape(*heard.shape, 130)).sum(2).astype(np.float32)
     return (audio + AUDIO_NOISE * rng.standard_normal(audio.shape, np.float32)).astype(np.float16)
 
 

@@ -38,7 +38,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import probes
-from data import Batches, Features, InputError, data_files, explain_input_errors
+from data import Batches, Features, InputError, data_files, explain_input_errors, require_shape
 
 METHOD = "micu"
 
@@ -210,9 +210,9 @@ class SpecificEncoder(nn.Module):
 def nearest_code(z, codebook):
     """Index of the codeword at the smallest squared Euclidean distance: z (..., D), codebook (K, D) -> (...) int64.
 
-    Computed in fp32 at least, also under autocast. Raises ValueError if the widths differ."""
-    if z.shape[-1] != codebook.shape[-1]:
-        raise ValueError(f"z has width {z.shape[-1]}, codebook has width {codebook.shape[-1]}")
+    Computed in fp32 at least, also under autocast. Raises ValueError on shapes that do not fit."""
+    require_shape("codebook", codebook, (-1, -1))
+    require_shape("z", z, (*z.shape[:-1], codebook.shape[1]))
     dtype = torch.promote_types(z.dtype, torch.float32)
     flat, codes = z.detach().reshape(-1, z.shape[-1]).to(dtype), codebook.to(dtype)
     with torch.autocast(z.device.type, enabled=False):
@@ -226,10 +226,10 @@ def ema_update(ema_count, ema_sum, code_index, vectors, decay: float):
 
     Returns new (ema_count, ema_sum, codebook); the Laplace-smoothed count divides and is never written back.
     Raises ValueError on shapes that do not fit."""
-    if code_index.shape != vectors.shape[:1]:
-        raise ValueError(f"code_index has shape {tuple(code_index.shape)}, expected {tuple(vectors.shape[:1])}")
-    if ema_sum.shape != (len(ema_count), vectors.shape[-1]):
-        raise ValueError(f"ema_sum has shape {tuple(ema_sum.shape)}, expected {(len(ema_count), vectors.shape[-1])}")
+    require_shape("ema_count", ema_count, (-1,))
+    require_shape("ema_sum", ema_sum, (len(ema_count), -1))
+    require_shape("vectors", vectors, (-1, ema_sum.shape[1]))
+    require_shape("code_index", code_index, (len(vectors),))
     vectors = vectors.detach().to(ema_sum.dtype)
     count = torch.zeros_like(ema_count).index_add_(0, code_index, torch.ones_like(vectors[:, 0]))
     total = torch.zeros_like(ema_sum).index_add_(0, code_index, vectors)
@@ -344,11 +344,11 @@ def commitment_loss(z: dict, code_index: dict, codebook):
 
 
 def info_nce(query, candidates, temperature: float, similarity: str = "dot"):
-    """InfoNCE with the positives on the diagonal: query and candidates (..., N, D), leading axes broadcast -> ()
+    """InfoNCE with the positives on the diagonal: query and candidates (..., N, D) -> ()
 
-    mean_i -log( exp(q_i.c_i / tau) / sum_k exp(q_i.c_k / tau) ), in fp32 at least. Raises ValueError on unequal N, D."""
-    if query.shape[-2:] != candidates.shape[-2:]:
-        raise ValueError(f"query ends in {tuple(query.shape[-2:])}, candidates in {tuple(candidates.shape[-2:])}")
+    mean_i -log( exp(q_i.c_i / tau) / sum_k exp(q_i.c_k / tau) ). Raises ValueError on unequal shapes."""
+    require_shape("query", query, (*query.shape[:-2], -1, -1))
+    require_shape("candidates", candidates, query.shape)
     if similarity == "cosine":
         query, candidates = F.normalize(query, dim=-1), F.normalize(candidates, dim=-1)
     logits = query @ candidates.transpose(-1, -2) / temperature  # (..., N, N)
@@ -359,13 +359,16 @@ def fcmi_loss(z: dict, mask, temperature: float, similarity: str = "dot"):
     """FCMI, Eq. 4 and 5, summed over all ordered pairs (m, n), m = n included: masked queries, whole candidates.
 
     z {m: (B, T, D)}; mask (B, 1, D) or (B, T, 1), one for all or {m: mask} -> (fine, coarse), each ().
-    Raises ValueError if a mask does not broadcast to z."""
+    Raises ValueError if the modalities differ in shape or a mask does not broadcast to them."""
     masks = mask if isinstance(mask, dict) else {m: mask for m in z}
+    shape = next(iter(z.values())).shape
     for m in z:
-        if any(s not in (1, full) for s, full in zip(masks[m].shape, z[m].shape)) or masks[m].ndim != z[m].ndim:
-            raise ValueError(f"mask of {m} has shape {tuple(masks[m].shape)}, z has {tuple(z[m].shape)}")
+        require_shape("z", z[m], (-1, -1, -1) if len(shape) != 3 else shape)
+        require_shape("mask", masks[m], [full if have == full else 1 for have, full in zip(masks[m].shape, shape)] + [1] *
+                      (3 - masks[m].ndim))
     query = torch.stack([masks[m] * z[m] for m in z])[:, None]  # (M, 1, B, T, D)
     whole = torch.stack(list(z.values()))[None]  # (1, M, B, T, D)
+    query, whole = torch.broadcast_tensors(query, whole)  # (M, M, B, T, D)
     pairs = len(z) ** 2
     # Eq. 4: per clip i, query zbar_m[i, j] against z_n[i, k] over segments k, positive k = j
     fine = pairs * info_nce(query, whole, temperature, similarity)
@@ -403,7 +406,7 @@ class CUJP(nn.Module):
             raise ValueError(f"splits {splits} does not divide code_dim {code_dim}")
         if not 1 <= permutations <= math.factorial(splits):
             raise ValueError(f"permutations {permutations} is not in 1..{splits}! = {math.factorial(splits)}")
-        self.splits, self.modalities, self.samples = splits, modalities, samples
+        self.code_dim, self.splits, self.modalities, self.samples = code_dim, splits, modalities, samples
         rng, chosen = random.Random(seed), {}
         while len(chosen) < permutations:  # distinct, in the order drawn; never lists all O!
             chosen.setdefault(tuple(rng.sample(range(splits), splits)))
@@ -413,10 +416,17 @@ class CUJP(nn.Module):
 
     def forward(self, quantized: dict, generator=None):
         """quantized {m: (B, T, D)} -> () cross-entropy of the permutation, mean over vectors and permutations"""
-        parts = torch.stack([q.flatten(0, -2).unflatten(-1, (self.splits, -1)) for q in quantized.values()])  # (M, N, O, w)
+        parts = torch.stack(self.cut(quantized)).unflatten(-1, (self.splits, -1))  # (M, N, O, w)
         chosen = torch.randint(len(parts), parts.shape[1:3], generator=generator, device=parts.device)  # (N, O)
-        chosen = F.one_hot(chosen, len(parts)).permute(2, 0, 1)[..., None]  # (M, N, O, 1)
-        return self.puzzle((parts * chosen).sum(0), generator)
+        chosen = chosen == torch.arange(len(parts), device=parts.device)[:, None, None]  # (M, N, O) one-hot
+        return self.puzzle((parts * chosen[..., None]).sum(0), generator)
+
+    def cut(self, quantized: dict) -> list:
+        """[(N, D) for each modality]. Raises ValueError on shapes that differ or a width other than code_dim."""
+        first = next(iter(quantized.values()))
+        for q in quantized.values():
+            require_shape("quantized", q, (*first.shape[:-1], self.code_dim))
+        return [q.flatten(0, -2) for q in quantized.values()]
 
     def puzzle(self, parts, generator):
         """parts (N, O, w) -> (): classify each vector under its permutations"""
@@ -429,7 +439,7 @@ class CUJP(nn.Module):
         row = torch.arange(n, device=device)[:, None, None] * o + self.permutations[target]  # (N, S, O)
         shuffled = F.embedding(row, parts.reshape(n * o, w)).flatten(0, 1).flatten(1)  # (N*S, O*w)
         logits = self.classify(F.relu(self.hidden(shuffled)))  # (N*S, P)
-        return F.cross_entropy(logits.float(), target.flatten())
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target.flatten())
 
 
 class MMJP(CUJP):
@@ -437,10 +447,11 @@ class MMJP(CUJP):
 
     def __init__(self, code_dim: int, splits: int, permutations: int, modalities: int, seed: int, samples: int = 0):
         super().__init__(modalities * code_dim, modalities * splits, permutations, modalities, seed, samples)
+        self.code_dim = code_dim
 
     def forward(self, quantized: dict, generator=None):
         """quantized {m: (B, T, D)} -> ()"""
-        parts = torch.cat(list(quantized.values()), -1).flatten(0, -2).unflatten(-1, (self.splits, -1))  # (N, M*O, w)
+        parts = torch.cat(self.cut(quantized), -1).unflatten(-1, (self.splits, -1))  # (N, M*O, w)
         return self.puzzle(parts, generator)
 
 

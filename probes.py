@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-from data import Features, InputError, data_files, explain_input_errors
+from data import Features, InputError, data_files, explain_input_errors, require_shape
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE = 30, 4e-4, 80  # of the clean probes
 REJECT = 0.05  # share of held-out known source clips that the clean open-set threshold rejects
@@ -29,17 +29,9 @@ SHARE = 0.1  # a modality shares a code if it makes at least this part of the co
 
 
 # --------------------------------------------------------------------------------------------------------------- metrics
-def _same_length(**tensors):
-    """Raise ValueError unless all tensors have as many rows as the first one."""
-    (first, expected), *_ = tensors.items()
-    for name, tensor in tensors.items():
-        if tensor.shape[:1] != expected.shape[:1]:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {first} has {tuple(expected.shape)}")
-
-
 def accuracy(prediction, target) -> dict:
     """Clip accuracy and the mean over the classes present of class recall; both (N,) int, fractions in [0, 1]."""
-    _same_length(prediction=prediction, target=target)
+    require_shape("target", target, (len(prediction),))
     correct = (prediction == target).double()
     recall = [correct[target == c].mean() for c in target.unique()]
     return {"acc": correct.mean().item(), "macro_recall": torch.stack(recall).mean().item()}
@@ -51,7 +43,9 @@ def open_set_metrics(confidence, prediction, target, num_known: int, threshold: 
     A clip with confidence < threshold is rejected. `os_star`: share of the known clips accepted and classified right;
     `os_star_class_mean`: the same as a mean over the known classes present; `unk`: share of the unknown clips rejected;
     `hos`: their harmonic mean, 0 if both are 0. Raises ValueError on unequal lengths."""
-    _same_length(confidence=confidence, prediction=prediction, target=target)
+    shapes = [tuple(t.shape) for t in (confidence, prediction, target)]
+    if len(shapes[0]) != 1 or len(set(shapes)) > 1:
+        raise ValueError("confidence, prediction and target have shapes {}, {} and {}, expected (N,) each".format(*shapes))
     accepted, known = confidence >= threshold, target < num_known
     right = (accepted & (prediction == target)).double()
     rejected = (~accepted[~known]).double()
@@ -74,8 +68,7 @@ def segment_metrics(scores, target, threshold: float = 0.5) -> dict:
     """Pooled precision, recall and F1 of multi-hot labels; scores and target (..., C), score > threshold predicts.
 
     0 where nothing is predicted or nothing is there. Raises ValueError on unequal shapes."""
-    if scores.shape != target.shape:
-        raise ValueError(f"target has shape {tuple(target.shape)}, scores have {tuple(scores.shape)}")
+    require_shape("target", target, scores.shape)
     predicted, true = scores > threshold, target > 0.5
     hits = (predicted & true).sum().item()
     precision, recall = hits / max(predicted.sum().item(), 1), hits / max(true.sum().item(), 1)
@@ -87,10 +80,10 @@ def recall_at_k(query, database, query_group, database_group, k: int) -> float:
     """Share of queries with an item of their group among the k nearest by cosine; (Q, D), (N, D), (Q,), (N,).
 
     Raises ValueError on shapes that do not fit."""
-    _same_length(query=query, query_group=query_group)
-    _same_length(database=database, database_group=database_group)
-    if query.shape[-1] != database.shape[-1]:
-        raise ValueError(f"database has width {database.shape[-1]}, query has {query.shape[-1]}")
+    require_shape("query", query, (-1, -1))
+    require_shape("database", database, (-1, query.shape[1]))
+    require_shape("query_group", query_group, (len(query),))
+    require_shape("database_group", database_group, (len(database),))
     if not 1 <= k <= len(database):
         raise ValueError(f"k {k} is not in 1..{len(database)}, the size of the database")
     similarity = F.normalize(query, dim=-1) @ F.normalize(database, dim=-1).T  # (Q, N)
@@ -103,9 +96,10 @@ def mask_metrics(probability, target) -> dict:
 
     A frame without a mask scores the share of its correctly empty pixels in mIoU and is left out of the F-score.
     Raises ValueError on unequal shapes."""
-    if probability.shape != target.shape:
-        raise ValueError(f"target has shape {tuple(target.shape)}, probability has {tuple(probability.shape)}")
-    p, true = probability.flatten(0, -3).flatten(1).double(), target.flatten(0, -3).flatten(1) > 0.5  # (frames, H*W)
+    require_shape("probability", probability, (*probability.shape[:-2], -1, -1))
+    require_shape("target", target, probability.shape)
+    frame = (-1, probability.shape[-2] * probability.shape[-1])
+    p, true = probability.reshape(frame).double(), target.reshape(frame) > 0.5  # (frames, H*W)
     predicted = p > 0.5
     union = (predicted | true).sum(1)
     iou = torch.where(true.any(1), (predicted & true).sum(1) / union.clamp(min=1), (~predicted).double().mean(1))
@@ -122,12 +116,11 @@ def mask_metrics(probability, target) -> dict:
 def code_sharing(counts, share: float) -> dict:
     """Of the codes in use, the parts shared by 1..M modalities: counts (M, K) selections; a modality has a code if it
     makes at least `share` of its selections. `shared_i` counts codes, `weighted_i` their selections (MICU, Fig. 6)."""
-    if counts.ndim != 2:
-        raise ValueError(f"counts has shape {tuple(counts.shape)}, expected (M, K)")
-    total = counts.sum(0).double()
-    shared = ((counts >= share * total) & (total > 0)).sum(0)  # (K,) modalities sharing each code, 0 if unused
-    tags = {f"shared_{i}": ((shared == i).sum() / (total > 0).sum()).item() for i in range(1, len(counts) + 1)}
-    return tags | {f"weighted_{i}": (total[shared == i].sum() / total.sum()).item() for i in range(1, len(counts) + 1)}
+    require_shape("counts", counts, (-1, -1))
+    total, ways = counts.sum(0).double(), range(1, len(counts) + 1)
+    shared = ((counts / total >= share) & (total > 0)).sum(0)  # (K,) modalities sharing each code, 0 if unused
+    tags = {f"shared_{i}": ((shared == i).sum() / (total > 0).sum().clamp(min=1)).item() for i in ways}
+    return tags | {f"weighted_{i}": (total[shared == i].sum() / total.sum().clamp(min=1)).item() for i in ways}
 
 
 def codebook_metrics(code_index: dict, codebook_size: int):

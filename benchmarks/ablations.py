@@ -34,6 +34,7 @@ ROWS = {  # method: {row: (flags, seeds)}
         "256 codes": ("--codebook-size 256", 1),
         "800 codes": ("--codebook-size 800", 1),
         "audio and video": ("--modalities audio video", 1),
+        "blunt attention": ("--pool-sharpness 1", 1),
         "sum pooling": ("--spatial-pool sum", 1),
         "all permutations": ("--cujp-samples 0", 1),
         "unused resets": ("--reset-rule unused", 1),
