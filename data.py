@@ -10,6 +10,7 @@ is 0 train, 1 val, 2 test; `id` (N,), `classes` (C,), and optionally `label` (N,
 import hashlib
 import os
 import queue
+import subprocess
 import sys
 import tempfile
 import threading
@@ -47,9 +48,34 @@ def require_shape(name: str, tensor, shape: tuple) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
-# ---------------------------------------------------------------------------------------------------------- feature files
+def pick_device(name: str) -> torch.device:
+    """`auto` or a torch device name -> device. Raises InputError if it does not exist here."""
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device auto")
+
+
+def write(path: Path, save) -> None:
+    """`save(temporary path)`, then rename: `path` is either the old file or the whole new one, never a part."""
+    temporary = path.with_suffix(".tmp")
+    save(temporary)
+    os.replace(temporary, path)
+
+
+def git_commit() -> str:
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ------------------------------------------------------------------------------------------------------- feature files
 class FeatureFile:
-    """One validated `cmg-features` file. Raises InputError naming the file, the dataset, what was found and expected."""
+    """One validated `cmg-features` file. InputErrors name the file, the dataset, what was found and what was expected."""
 
     def __init__(self, path: str):
         self.path = str(path)
@@ -58,7 +84,7 @@ class FeatureFile:
         try:
             self.h5 = h5py.File(path, "r")
         except OSError as error:
-            raise InputError(f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]}); convert or copy it again")
+            raise InputError(f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]}); copy it again")
         self.raw = os.open(path, os.O_RDONLY)
         found = self.h5.attrs.get("format"), self.h5.attrs.get("version")
         if found != (FORMAT, VERSION):
@@ -84,7 +110,7 @@ class FeatureFile:
             if data.ndim not in (3, 5) or 0 in data.shape:
                 self._fail(name, f"shape {data.shape}", "(N, T, d) or (N, T, H, W, d)")
             if data.shape[:2] != (self.clips, self.segments):
-                self._fail(name, f"N, T = {data.shape[:2]}", f"{(self.clips, self.segments)} as in the rest of the file")
+                self._fail(name, f"N, T = {data.shape[:2]}", f"{(self.clips, self.segments)} as elsewhere in the file")
             if data.dtype not in (np.float16, np.float32, np.float64):
                 self._fail(name, f"dtype {data.dtype}", "float16, float32 or float64")
             sample = np.unique(np.linspace(0, self.clips - 1, 16).astype(int))
@@ -121,7 +147,7 @@ class FeatureFile:
                 elif os.preadv(self.raw, [row], start + int(clip) * row.nbytes) != row.nbytes:
                     raise OSError("the file ends early")
         except OSError as error:
-            raise InputError(f"{self.path}: dataset '{name}' cannot be read ({error}); is the file still there and whole?")
+            raise InputError(f"{self.path}: dataset '{name}' cannot be read ({error}); is the file still whole?")
         return out
 
 
@@ -181,15 +207,16 @@ class Features:
 def to_tensor(array: np.ndarray, device) -> torch.Tensor:
     """Host array -> tensor on `device` in the same dtype; through pinned memory when the device is a GPU."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+    on_gpu = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
 
 
 class Batches:
-    """Shuffled training batches {modality: (B, T, ...) float32 on `device`} of one split; incomplete last batches dropped.
+    """Shuffled training batches {modality: (B, T, ...) float32 on `device`} of one split; the odd rest is dropped.
 
     `source` says where the features wait: on the `device`, in host `memory`, or in the `file` from which a background
-    thread reads ahead; `auto` takes the first that fits in half of the free memory. Order depends on (seed, epoch) alone,
-    so any epoch can be resumed at any step. Raises InputError if the split is empty or smaller than a batch.
+    thread reads ahead; `auto` takes the first that fits in half of the free memory. The order depends on (seed, epoch)
+    alone, so any epoch can be resumed at any step. Raises InputError if the split is empty or smaller than a batch.
     """
 
     def __init__(self, features: Features, modalities: list, split: str, batch_size: int, device, seed: int,
@@ -197,7 +224,7 @@ class Batches:
         self.features, self.modalities, self.device, self.seed = features, modalities, torch.device(device), seed
         self.index, self.batch_size = features.clips(split), batch_size
         if len(self.index) == 0:
-            raise InputError(f"{features.files[0].path}: the {split} split is empty; 'split' must hold {SPLITS.index(split)}s")
+            raise InputError(f"{features.files[0].path}: the {split} split is empty; 'split' needs {SPLITS.index(split)}s")
         if batch_size > len(self.index):
             raise InputError(f"--batch-size {batch_size} is larger than the {split} split ({len(self.index)} clips)")
         clip_bytes = sum(features.files[0].h5[m].dtype.itemsize * int(np.prod(features.shape[m])) for m in modalities)
@@ -254,13 +281,13 @@ class Batches:
             stop.set()
 
 
-# ------------------------------------------------------------------------------------------- the embedded set: digit clips
+# --------------------------------------------------------------------------------------- the embedded set: digit clips
 T, GRID, PATCH = 10, 7, 8  # segments; cells a side; pixels a side of a cell
 PIXEL_NOISE, AUDIO_NOISE, CLUTTER = 0.1, 0.1, 3
 
 
 def compose(base: h5py.File, split: int, clips: int, seed: int) -> dict:
-    """`clips` digit clips made only of the recordings, images and sentences of `split`: a pure function of its arguments.
+    """`clips` digit clips from the recordings, images and sentences of `split` alone: a pure function of its arguments.
 
     An event is a digit class over an interval. Three quarters of the clips have one; the others have two of different
     classes: both digits are in the picture all the time, their sounds follow each other. The audio of a clip is shifted
@@ -307,14 +334,14 @@ def _pick(group: h5py.Group, split: int, rng, label: np.ndarray, name: str) -> n
 def _compose_audio(base, split, rng, labels, heard) -> np.ndarray:
     """(N, T, 130): in each segment of its event the recording, as 10 frames x 13 standardised MFCC; low noise always.
 
-    One recording an event, spoken once a segment; each time a little of its start and end is cut, then it is resampled."""
+    One recording an event, spoken once a segment; each time a little of its start and end is cut, then resampled."""
     frames, length = base["audio/frames"][:], base["audio/length"][:]
     train = np.repeat(base["audio/split"][:] == 0, length)
     frames = (frames - frames[train].mean(0)) / frames[train].std(0)
     group = {"split": base["audio/split"], "label": base["audio/label"], "row": np.arange(len(length))}
     row = _pick(group, split, rng, labels, "row")[:, None, :, None]  # (N, 1, 2, 1)
     cut = rng.uniform(0, 0.15, (2, *heard.shape, 1))
-    position = (cut[0] + (1 - cut.sum(0)) * np.linspace(0, 1, 10)) * (length[row] - 1)  # (N, T, 2, 10) fractional frames
+    position = (cut[0] + (1 - cut.sum(0)) * np.linspace(0, 1, 10)) * (length[row] - 1)  # (N, T, 2, 10) fractional
     low = np.minimum(position.astype(int), length[row] - 2)
     weight, low = (position - low)[..., None], low + (length.cumsum() - length)[row]
     words = frames[low] * (1 - weight) + frames[low + 1] * weight  # (N, T, 2, 10, 13)
@@ -323,7 +350,7 @@ def _compose_audio(base, split, rng, labels, heard) -> np.ndarray:
 
 
 def _compose_video(base, split, rng, labels, visible) -> dict:
-    """Pixels in [0, 1] plus noise. Each digit walks at random over the grid; three still cells hold scrambled digits."""
+    """Pixels in [0, 1] plus noise. Each digit walks at random over the grid; three cells hold scrambled digits."""
     clips = len(labels)
     image = _pick(base["image"], split, rng, labels, "pixels").reshape(clips, 2, PATCH**2).astype(np.float32) / 16
     clutter = _pick(base["image"], split, rng, rng.integers(0, 10, (clips, CLUTTER)), "pixels")
@@ -385,7 +412,7 @@ def data_files(data: list, runs_dir: str) -> list:
     return [str(path)]
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------------------------------- command line
 def check(file: tyro.conf.Positional[str]) -> None:
     """Validate FILE, reading every value, and print what is inside."""
     features = Features([file])

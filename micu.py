@@ -1,10 +1,10 @@
-"""MICU (Huang et al., ICCV 2025): one discrete code for several modalities, learned from paired sequences without labels.
+"""MICU (Huang et al., ICCV 2025): one discrete code for several modalities, learned from paired, unlabelled sequences.
 
-Each modality has an encoder; all share one codebook that follows the encoders by exponential moving averages. Two losses
-align the modalities: FCMI contrasts masked features over the segments of a clip (fine) and over the clips of a batch
-(coarse), and CUJP, a jigsaw puzzle over parts of codes taken from any modality, makes the code modality-agnostic:
+Each modality has an encoder; all share one codebook that follows the encoders by exponential moving averages. Two
+losses align the modalities: FCMI contrasts masked features over the segments of a clip (fine) and over the clips of a
+batch (coarse), and CUJP, a jigsaw over parts of codes taken from any modality, makes the code modality-agnostic:
 
-    L = l_fine L_fine + l_coarse L_coarse + l_cujp L_cujp + l_recon L_recon + l_commit L_commit                    (Eq. 8)
+    L = l_fine L_fine + l_coarse L_coarse + l_cujp L_cujp + l_recon L_recon + l_commit L_commit                 (Eq. 8)
 
 Then the encoders and the codebook are frozen, and a probe trained on one modality's codes is tested on another's.
 
@@ -21,7 +21,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -38,102 +37,75 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import probes
-from data import Batches, Features, InputError, data_files, explain_input_errors, require_shape
+from data import (Batches, Features, InputError, data_files, explain_input_errors, git_commit, pick_device, require_shape,
+                  write)
 
 METHOD = "micu"
 
 
 @dataclass
 class Args:
+    # training features: `digits` (embedded, composed on first use) or cmg-features files
     data: tuple[str, ...] = ("digits",)
-    """training features: `digits` (embedded, composed on first use) or cmg-features files"""
-    probe_data: tuple[str, ...] = ()
-    """features for the probes; default: the splits of the training data"""
-    modalities: tuple[str, ...] = ()
-    """two or more modalities of the data; default: all"""
-    epochs: Optional[int] = None
-    """passes over the train split; default: 5"""
-    batch_size: int = 80
-    """clips per step, B"""
-    learning_rate: float = 4e-4
-    """of Adam"""
-    codebook_size: int = 400
-    """number of codes, K"""
-    code_dim: int = 256
-    """width of a code, D"""
+    probe_data: tuple[str, ...] = ()  # features for the probes; default: the splits of the training data
+    modalities: tuple[str, ...] = ()  # two or more modalities of the data; default: all
+    epochs: Optional[int] = None  # passes over the train split; default: 5
+    batch_size: int = 80  # clips per step, B
+    learning_rate: float = 4e-4  # of Adam
+    codebook_size: int = 400  # number of codes, K
+    code_dim: int = 256  # width of a code, D
+    # start of the codebook: encoder outputs of the first batch, or U(-1/K, 1/K)
     codebook_init: Literal["data", "uniform"] = "data"
-    """start of the codebook: encoder outputs of the first batch, or U(-1/K, 1/K)"""
+    # steps without use after which a code is reset, N_re; 0 never; default: 10 under 10,000 clips, else 300
     reset_after: Optional[int] = None
-    """steps without use after which a code is reset, N_re; 0 never; default: 10 under 10,000 training clips, else 300"""
-    seed: int = 1
-    """of weights, batches, masks and puzzles"""
-    device: str = "auto"
-    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """of the networks; distances, EMA and cross-entropies are fp32 always"""
-    compile: bool = False
-    """compile the networks"""
-    runs_dir: str = "runs"
-    """where run folders and the composed digits go"""
-    resume: Optional[str] = None
-    """run folder to continue; its settings are taken over"""
-    eval_every: int = 0
-    """probe every so many epochs besides the end; 0: at the end only"""
+    seed: int = 1  # of weights, batches, masks and puzzles
+    device: str = "auto"  # `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; distances, EMA and cross-entropies are fp32 always
+    compile: bool = False  # compile the networks
+    runs_dir: str = "runs"  # where run folders and the composed digits go
+    resume: Optional[str] = None  # run folder to continue; its settings are taken over
+    eval_every: int = 0  # probe every so many epochs besides the end; 0: at the end only
+    # save a checkpoint after this many steps of the run and stop, as Ctrl-C does
     stop_after_steps: Optional[int] = None
-    """save a checkpoint after this many steps of the run and stop, as Ctrl-C does"""
-    log_every: int = 10
-    """steps between log lines; the only host synchronisation of a step"""
+    log_every: int = 10  # steps between log lines; the only host synchronisation of a step
+    # where features wait: on the device, in host memory, or in the file, read ahead by a thread
     features_on: Literal["auto", "device", "memory", "file"] = "auto"
-    """where features wait: on the device, in host memory, or in the file, read ahead by a thread"""
+    # of the final probes: nothing chosen with test labels, and as published
     protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper")
-    """of the final probes: nothing chosen with test labels, and as published"""
-    known_classes: tuple[int, ...] = ()
-    """open-set tasks, by number of known classes; default: half of the classes"""
-    ema_decay: float = 0.99
-    """decay of the codebook's moving averages, gamma"""
+    known_classes: tuple[int, ...] = ()  # open-set tasks, by number of known classes; default: half of the classes
+    ema_decay: float = 0.99  # decay of the codebook's moving averages, gamma
+    # reset a code that some modality (unshared) or that every modality (unused) left alone for N_re steps
     reset_rule: Literal["unshared", "unused"] = "unshared"
-    """reset a code that some modality (unshared) or that every modality (unused) left alone for N_re steps"""
+    # what a reset code becomes: mean output of all modalities at one segment, one output, or a live code plus noise
     reset_source: Literal["paired", "batch", "live"] = "paired"
-    """what a reset code becomes: mean output of all modalities at one segment, one output, or a live code plus noise"""
+    # how the cells of a feature map become one vector; `sum` is what the released code computes
     spatial_pool: Literal["attention", "sum"] = "attention"
-    """how the cells of a feature map become one vector; `sum` is what the released code computes"""
+    # factor of the attention scores, which lie in (-1, 1): at 1 no cell of 49 can get more than 13 % of the weight
     pool_sharpness: float = 10.0
-    """factor of the attention scores, which lie in (-1, 1): at 1 no cell of 49 can get more than 13 % of the weight"""
+    # channels of the modality-specific map branch, as a multiple of d; default: 1 under 10,000 clips, else 2
     recon_width: Optional[int] = None
-    """channels of the modality-specific map branch, as a multiple of d; default: 1 under 10,000 clips, else 2"""
-    mask_ratio: float = 0.3
-    """share of features masked in FCMI's queries"""
+    mask_ratio: float = 0.3  # share of features masked in FCMI's queries
+    # mask channels of all segments (paper) or whole segments (released code)
     mask_axis: Literal["channel", "time"] = "channel"
-    """mask channels of all segments (paper) or whole segments (released code)"""
-    mask_sharing: Literal["same", "different"] = "same"
-    """one mask for all modalities of a clip, or one each"""
-    similarity: Literal["dot", "cosine"] = "cosine"
-    """in FCMI; the paper has dot"""
-    temperature: float = 0.1
-    """tau of FCMI; the paper has 1.0, with dot"""
+    mask_sharing: Literal["same", "different"] = "same"  # one mask for all modalities of a clip, or one each
+    similarity: Literal["dot", "cosine"] = "cosine"  # in FCMI; the paper has dot
+    temperature: float = 0.1  # tau of FCMI; the paper has 1.0, with dot
+    # cross-modal unified jigsaw, multimodal jigsaw (Dong et al.), or none
     jigsaw: Literal["cujp", "mmjp", "none"] = "cujp"
-    """cross-modal unified jigsaw, multimodal jigsaw (Dong et al.), or none"""
-    cujp_splits: int = 8
-    """parts of a code, O"""
-    cujp_permutations: int = 256
-    """most permutations to tell apart: P = min(O!, this)"""
+    cujp_splits: int = 8  # parts of a code, O
+    cujp_permutations: int = 256  # most permutations to tell apart: P = min(O!, this)
+    # permutations drawn per vector and step, an unbiased estimate; 0: all P; default: 8 under 10,000 clips, else 0
     cujp_samples: Optional[int] = None
-    """permutations classified per vector and step, an unbiased estimate; 0: all P; default: 8 under 10,000 clips, else 0"""
+    # vectors behind the EMA: own, or averaged with the other modalities' at the same segment (released code)
     mm_ema: Literal["none", "time-aligned"] = "none"
-    """vectors behind the EMA: own, or averaged with the other modalities' at the same segment (released code)"""
-    lambda_fine: float = 1.0
-    """weight of the fine InfoNCE"""
-    lambda_coarse: float = 1.0
-    """weight of the coarse InfoNCE"""
-    lambda_cujp: float = 2.0
-    """weight of the jigsaw"""
-    lambda_recon: float = 1.0
-    """weight of the reconstruction"""
-    lambda_commit: float = 1.0
-    """weight of the commitment"""
+    lambda_fine: float = 1.0  # weight of the fine InfoNCE
+    lambda_coarse: float = 1.0  # weight of the coarse InfoNCE
+    lambda_cujp: float = 2.0  # weight of the jigsaw
+    lambda_recon: float = 1.0  # weight of the reconstruction
+    lambda_commit: float = 1.0  # weight of the commitment
 
 
-# -------------------------------------------------------------------------------------------------------------- encoders
+# ------------------------------------------------------------------------------------------------------------ encoders
 class SpatialPool(nn.Module):
     """Feature maps to vectors, (B, T, H, W, d) -> (B, T, d): a channel gate, then attention over the H * W cells."""
 
@@ -157,7 +129,7 @@ class SpatialPool(nn.Module):
 
 
 class SemanticEncoder(nn.Module):
-    """Phi_m: features (B, T, ...) -> semantic z (B, T, D). No positional encoding: position alone would solve L_fine."""
+    """Phi_m: features (B, T, ...) -> semantic z (B, T, D). No positions are encoded: they alone would solve L_fine."""
 
     def __init__(self, modality: str, shape: tuple, args: Args):
         super().__init__()
@@ -206,7 +178,7 @@ class SpecificEncoder(nn.Module):
         return self.net(to_channels_first(x) if self.is_map else x)
 
 
-# ------------------------------------------------------------------------------------------------------------- quantizer
+# ----------------------------------------------------------------------------------------------------------- quantizer
 def nearest_code(z, codebook):
     """Index of the codeword at the smallest squared Euclidean distance: z (..., D), codebook (K, D) -> (...) int64.
 
@@ -287,7 +259,7 @@ class Quantizer(nn.Module):
             self.reset(z, generator)
 
     def reset(self, z: dict, generator):
-        """Give dead codes a new place, their EMA statistics with them; index arithmetic only, no host synchronisation."""
+        """Give dead codes a new place, and their EMA statistics with them; no host synchronisation."""
         unused = self.idle >= self.reset_after  # (M, K)
         dead = unused.any(0) if self.reset_rule == "unshared" else unused.all(0)
         if self.reset_source == "live":
@@ -304,7 +276,7 @@ class Quantizer(nn.Module):
         self.resets += dead.sum()
 
 
-# -------------------------------------------------------------------------------------------------------------- decoders
+# ------------------------------------------------------------------------------------------------------------ decoders
 class Decoder(nn.Module):
     """D_m: [code ; specific] -> features. code (B, T, D), specific as SpecificEncoder gives it -> (B, T, ...)"""
 
@@ -337,7 +309,7 @@ class Model(nn.Module):
         self.decoder = nn.ModuleDict({m: Decoder(s, args.code_dim, args.recon_width) for m, s in shape.items()})
 
 
-# ---------------------------------------------------------------------------------------------------------------- losses
+# -------------------------------------------------------------------------------------------------------------- losses
 def commitment_loss(z: dict, code_index: dict, codebook):
     """Eq. 7, right: sum over modalities of mean (z_m - sg[e(k_m)])^2; z {m: (B, T, D)}, codebook (K, D) -> ()"""
     return sum(F.mse_loss(z[m], F.embedding(code_index[m], codebook).detach()) for m in z)
@@ -364,8 +336,7 @@ def fcmi_loss(z: dict, mask, temperature: float, similarity: str = "dot"):
     shape = next(iter(z.values())).shape
     for m in z:
         require_shape("z", z[m], (-1, -1, -1) if len(shape) != 3 else shape)
-        require_shape("mask", masks[m], [full if have == full else 1 for have, full in zip(masks[m].shape, shape)] + [1] *
-                      (3 - masks[m].ndim))
+        require_shape("mask", masks[m], tuple(have if have == 1 else full for have, full in zip(masks[m].shape, shape)))
     query = torch.stack([masks[m] * z[m] for m in z])[:, None]  # (M, 1, B, T, D)
     whole = torch.stack(list(z.values()))[None]  # (1, M, B, T, D)
     query, whole = torch.broadcast_tensors(query, whole)  # (M, M, B, T, D)
@@ -384,7 +355,7 @@ def time_aligned(z: dict) -> dict:
 
 
 def draw_masks(z: dict, args: Args, generator):
-    """FCMI's masks of ones and zeros, one draw a clip: (B, 1, D) over channels or (B, T, 1) over segments, or {m: mask}."""
+    """FCMI's masks of ones and zeros: (B, 1, D) over channels or (B, T, 1) over segments, for all or {m: mask}."""
     b, t, d = next(iter(z.values())).shape
     shape = (b, 1, d) if args.mask_axis == "channel" else (b, t, 1)
     draw = partial(torch.rand, shape, generator=generator, device=generator.device)
@@ -397,8 +368,8 @@ class CUJP(nn.Module):
     """Cross-modal unified jigsaw puzzles (3.3): which of P fixed permutations shuffled the O parts of a code?
 
     Each part of each vector comes from a modality drawn at random. `samples` S > 0 classifies S random permutations per
-    vector instead of all P: an unbiased estimate at S / P of the cost. Raises ValueError unless splits divide code_dim and
-    1 <= permutations <= splits!."""
+    vector instead of all P: an unbiased estimate at S / P of the cost. Raises ValueError unless splits divides code_dim
+    and 1 <= permutations <= splits!."""
 
     def __init__(self, code_dim: int, splits: int, permutations: int, modalities: int, seed: int, samples: int = 0):
         super().__init__()
@@ -455,31 +426,21 @@ class MMJP(CUJP):
         return self.puzzle(parts, generator)
 
 
-# -------------------------------------------------------------------------------------------------------------- encoding
+# ------------------------------------------------------------------------------------------------------------ encoding
 def encode(model: Model, features, modality: str):
     """What a probe reads: features (N, T, ...) -> quantized (N, T, D), code_index (N, T)"""
     code_index = nearest_code(model.semantic[modality](features), model.quantizer.codebook)
     return F.embedding(code_index, model.quantizer.codebook), code_index
 
 
-# ------------------------------------------------------------------------------------------------------------ run folder
+# ---------------------------------------------------------------------------------------------------------- run folder
 PAPER = {"classification": {"epochs": 30, "learning_rate": 4e-4, "batch_size": 80},  # the released probes' settings
          "open_set": {"epochs": 25, "learning_rate": 4e-4, "batch_size": 80}}
 
 
 def paper_settings(pretraining_epochs: int) -> dict:
     """The released probes stop at a fixed epoch number but start counting where pretraining ended."""
-    return {task: setting | {"epochs": max(1, setting["epochs"] - pretraining_epochs)} for task, setting in PAPER.items()}
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` or a torch device name -> device. Raises InputError if it does not exist here."""
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
-        torch.empty(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device auto")
+    return {task: {**s, "epochs": max(1, s["epochs"] - pretraining_epochs)} for task, s in PAPER.items()}
 
 
 def settle(args: Args, features: Features, probe_features: Features) -> list:
@@ -492,11 +453,12 @@ def settle(args: Args, features: Features, probe_features: Features) -> list:
                          f"{' '.join(features.modalities)}")
     for m in set(modalities) & set(probe_features.modalities):
         if probe_features.shape[m] != features.shape[m]:
-            raise InputError(f"--probe-data: {m} has shape {probe_features.shape[m]}, the training data {features.shape[m]}")
+            raise InputError(f"--probe-data: {m} has shape {probe_features.shape[m]}, in training {features.shape[m]}")
     for m in modalities:
         if len(features.shape[m]) == 4 and min(features.shape[m][1:3]) < 5:
             raise InputError(f"{m}: maps of {features.shape[m][1:3]} cells, at least 5 x 5 are needed")
-    for name in ("codebook_size", "code_dim", "batch_size", "learning_rate", "log_every", "temperature", "cujp_permutations"):
+    for name in ("codebook_size", "code_dim", "batch_size", "learning_rate", "log_every", "temperature",
+                 "cujp_permutations"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     if args.code_dim % 4:
@@ -547,15 +509,8 @@ def make_run_folder(args: Args, name: str) -> Path:
     return run
 
 
-def write(path: Path, save) -> None:
-    """`save(temporary path)`, then rename: `path` is either the old file or the whole new one, never a part."""
-    temporary = path.with_suffix(".tmp")
-    save(temporary)
-    os.replace(temporary, path)
-
-
 def codebook_health(quantizer: Quantizer, code_index: dict) -> dict:
-    """Tags of the codebook since the last log line, as tensors; perplexity exp(H) of the selections of each modality."""
+    """Tags of the codebook since the last log line, as tensors; perplexity is exp(H) of a modality's selections."""
     share = quantizer.usage / quantizer.usage.sum(1, keepdim=True)
     perplexity = torch.special.entr(share).sum(1).exp()
     pairs = itertools.combinations(code_index.values(), 2)
@@ -563,26 +518,6 @@ def codebook_health(quantizer: Quantizer, code_index: dict) -> dict:
     tags |= {f"codebook/perplexity_{m}": p for m, p in zip(code_index, perplexity)}
     agreement = torch.stack([(a == b).float().mean() for a, b in pairs]).mean()
     return tags | {"codebook/agreement": agreement, "codebook/resets": quantizer.resets}
-
-
-def show_codebook(writer: SummaryWriter, codebook, counts, modalities: list, step: int) -> None:
-    """TensorBoard: the codebook in the projector, labelled with the modalities that use each code, and a usage picture.
-
-    counts (M, K): a modality uses a code if it holds at least a tenth of the code's selections (MICU, Fig. 6)."""
-    share = counts / counts.sum(0).clamp(min=1)
-    labels = ["+".join(m for m, s in zip(modalities, column) if s >= 0.1) or "unused" for column in share.T.tolist()]
-    writer.add_embedding(codebook, labels, tag="codebook", global_step=step)
-    rows = counts[:, counts.sum(0).argsort(descending=True)].sqrt()
-    picture = (rows / rows.amax(1, keepdim=True).clamp(min=1)).repeat_interleave(24, 0).repeat_interleave(2, 1)
-    writer.add_image("codebook/usage", picture, step, dataformats="HW")  # one band a modality, codes by total use
-
-
-def git_commit() -> str:
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":
@@ -598,8 +533,8 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    streams = {name: torch.Generator(device).manual_seed(args.seed * 1000 + i)  # one loss off leaves the others' draws alone
-               for i, name in enumerate(("reset", "mask", "puzzle"))}
+    streams = {name: torch.Generator(device).manual_seed(args.seed * 1000 + i)  # so that a loss less leaves the other
+               for i, name in enumerate(("reset", "mask", "puzzle"))}  # draws as they were
 
     # ---- data
     features = Features(data_files(args.data, args.runs_dir))
@@ -632,7 +567,7 @@ if __name__ == "__main__":
             modules.load_state_dict(state["modules"])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise InputError(f"{args.resume}/checkpoint.pt does not fit the data: {str(error).splitlines()[-1].strip()}")
+            raise InputError(f"{args.resume}/checkpoint.pt does not fit: {str(error).splitlines()[-1].strip()}")
         step, seconds = state["step"], seconds | state["seconds"]
         torch.set_rng_state(state["rng"]["cpu"])
         if device.type == "cuda" and "cuda" in state["rng"]:
@@ -658,7 +593,8 @@ if __name__ == "__main__":
             rng["cuda"] = torch.cuda.get_rng_state(device)
         write(run / "checkpoint.pt", lambda path: torch.save(
             {"method": METHOD, "args": asdict(args), "shape": {m: features.shape[m] for m in modalities}, "step": step,
-             "modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng, "seconds": seconds}, path))
+             "modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng, "seconds": seconds},
+            path))
 
     def evaluate(step: int):
         tags, counts = probes.evaluate(model, encode, probe_features, modalities, args.codebook_size, device,
@@ -716,10 +652,12 @@ if __name__ == "__main__":
                                      + f"; {good if (run / 'checkpoint.pt').exists() else 'no checkpoint yet'}; "
                                      "try a smaller --learning-rate")
                 tags["charts/epoch"] = step / len(batches)
-                tags["charts/clips_per_second"] = args.batch_size * (step - last_step) / (time.perf_counter() - last_clock)
+                elapsed = time.perf_counter() - last_clock
+                tags["charts/clips_per_second"] = args.batch_size * (step - last_step) / elapsed
                 log(tags, step)
                 used = "/".join(f"{tags[f'codebook/used_{m}']:.0f}" for m in modalities)
-                bar.set_postfix_str(f"loss {tags['losses/total']:.2f} codes {used} agree {tags['codebook/agreement']:.2f}")
+                bar.set_postfix_str(f"loss {tags['losses/total']:.2f}, codes {used}, agreement "
+                                    f"{tags['codebook/agreement']:.2f}")
                 model.quantizer.usage.zero_()
                 model.quantizer.resets.zero_()
                 last_clock, last_step = time.perf_counter(), step
@@ -735,19 +673,20 @@ if __name__ == "__main__":
 
     # ---- final probes, results
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(f"stopped while probing, the training is saved; continue with: {again}"))
+        signal.signal(number, lambda *_: sys.exit(f"stopped while probing, training is saved; continue with: {again}"))
     clock = time.perf_counter()
     tags, counts = evaluate(step)
     seconds["probe"] = time.perf_counter() - clock
-    show_codebook(writer, model.quantizer.codebook.cpu(), counts, modalities, step)
+    probes.show_codebook(writer, model.quantizer.codebook, counts, modalities, step)
     writer.close()
     on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     results = {
-        "method": METHOD, "data": features.name, "data_sha256": features.sha256(), "seed": args.seed, "args": asdict(args),
-        "torch": torch.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else "cpu", "git": git_commit(),
-        "seconds": seconds, "steps": step, "peak_memory_mb": (torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu
-                                                             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "metrics": tags}
+        "method": METHOD, "data": features.name, "data_sha256": features.sha256(), "seed": args.seed,
+        "args": asdict(args), "torch": torch.__version__, "git": git_commit(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "seconds": seconds, "steps": step, "peak_memory_mb": peak, "metrics": tags}
     write(run / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     print(probes.table(tags))
     print(f"run folder: {run}")

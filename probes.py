@@ -3,11 +3,11 @@
     python probes.py RUN                              probe a finished run again, on its own data
     python probes.py RUN FILE --protocol clean        on another cmg-features file
 
-`clean`: encoder in eval mode, last probe epoch, open-set threshold from held-out clips of the *source* modality; nothing is
-chosen with test labels. `paper`: what the released scripts compute, tags end in `_paper`: dropout stays on while the probe
-trains, the epoch (and the open-set threshold) is the best one on the test clips, and classification is scored on the very
-clips of the training split, in the other modality. The model comes in as a module and a function `encode(model, features,
-modality) -> (quantized (N, T, D), code_index (N, T))`; this file knows nothing of the methods.
+`clean`: encoder in eval mode, last probe epoch, open-set threshold from held-out clips of the *source* modality;
+nothing is chosen with test labels. `paper`: what the released scripts compute, tags end in `_paper`: dropout stays on
+while the probe trains, the epoch (and the open-set threshold) is the best one on the test clips, and classification is
+scored on the very clips of the training split, in the other modality. The model comes in as a module and a function
+`encode(model, features, modality) -> (quantized (N, T, D), code_index (N, T))`; this file knows nothing of the methods.
 """
 import importlib
 import itertools
@@ -20,15 +20,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-from data import Features, InputError, data_files, explain_input_errors, require_shape
+from data import Features, InputError, data_files, explain_input_errors, pick_device, require_shape
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE = 30, 4e-4, 80  # of the clean probes
 REJECT = 0.05  # share of held-out known source clips that the clean open-set threshold rejects
-DROPOUT_DRAWS = 5  # encodings with dropout that the epochs of a `paper` probe take in turn; the release makes one an epoch
+DROPOUT_DRAWS = 5  # encodings with dropout that the epochs of a `paper` probe take in turn; released: one an epoch
 SHARE = 0.1  # a modality shares a code if it makes at least this part of the code's selections
 
 
-# --------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------------------------- metrics
 def accuracy(prediction, target) -> dict:
     """Clip accuracy and the mean over the classes present of class recall; both (N,) int, fractions in [0, 1]."""
     require_shape("target", target, (len(prediction),))
@@ -45,7 +45,7 @@ def open_set_metrics(confidence, prediction, target, num_known: int, threshold: 
     `hos`: their harmonic mean, 0 if both are 0. Raises ValueError on unequal lengths."""
     shapes = [tuple(t.shape) for t in (confidence, prediction, target)]
     if len(shapes[0]) != 1 or len(set(shapes)) > 1:
-        raise ValueError("confidence, prediction and target have shapes {}, {} and {}, expected (N,) each".format(*shapes))
+        raise ValueError("confidence, prediction, target have shapes {}, {}, {}, expected (N,) each".format(*shapes))
     accepted, known = confidence >= threshold, target < num_known
     right = (accepted & (prediction == target)).double()
     rejected = (~accepted[~known]).double()
@@ -134,7 +134,7 @@ def codebook_metrics(code_index: dict, codebook_size: int):
     return tags | code_sharing(counts, SHARE), counts
 
 
-# ---------------------------------------------------------------------------------------------------------------- probes
+# -------------------------------------------------------------------------------------------------------------- probes
 class ClipProbe(nn.Module):
     """Codes (B, T, D) -> class logits (B, C): linear, maximum over the segments, linear."""
 
@@ -180,11 +180,11 @@ def read_codes(model, encode, features: Features, modality: str, index, device):
 
 def direction(source: str, target: str, modalities: list) -> str:
     """`v2a`: trained on video, tested on audio. Initials, or whole names where initials are ambiguous."""
-    short = {m: m[0] for m in modalities} if len({m[0] for m in modalities}) == len(modalities) else {m: m for m in modalities}
-    return f"{short[source]}2{short[target]}"
+    ambiguous = len({m[0] for m in modalities}) < len(modalities)
+    return f"{source}2{target}" if ambiguous else f"{source[0]}2{target[0]}"
 
 
-# ------------------------------------------------------------------------------------------------------------- protocols
+# ----------------------------------------------------------------------------------------------------------- protocols
 def known_counts(features: Features, known: tuple) -> tuple:
     return tuple(known) or (len(features.classes) // 2,)
 
@@ -197,7 +197,7 @@ def check_request(features: Features, modalities: list, known: tuple) -> None:
                              f"{len(features.classes) - 1}")
     for split in ("train", "val", "test"):
         if (features.label >= 0).any() and len(features.clips(split)) == 0:
-            raise InputError(f"{features.files[0].path}: the {split} split is empty, the probes need train, val and test")
+            raise InputError(f"{features.files[0].path}: the {split} split is empty, probes need train, val and test")
     if not set(modalities) & set(features.modalities):
         raise InputError(f"{features.files[0].path}: none of the modalities {' '.join(modalities)} is inside")
 
@@ -206,9 +206,9 @@ def evaluate(model, encode, features: Features, modalities: list, codebook_size:
              known: tuple, paper: dict):
     """All probes of a model on `features`. `paper`: per task the released epochs, learning rate and batch size.
 
-    Returns ({tag: value}, counts (M, K) of code selections on the test clips). Leaves the model, its mode and the random
-    state of the process as they were."""
-    modalities = [m for m in modalities if m in features.modalities]
+    Returns ({tag: value}, counts (M, K) of code selections on the test clips). Leaves the model, its mode and the
+    random state of the process as they were."""
+    modalities, known = [m for m in modalities if m in features.modalities], known_counts(features, known)
     training = model.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -225,14 +225,14 @@ def evaluate(model, encode, features: Features, modalities: list, codebook_size:
                      for s, index in clips.items()}
             label = {s: torch.from_numpy(features.label[index]).to(device) for s, index in clips.items()}
             if "clean" in protocols:
-                tags |= clean(codes, label, features, modalities, known_counts(features, known), device)
+                tags |= clean(codes, label, features, modalities, known, device)
             if "paper" in protocols:
                 def noisy(m):  # dropout on, as the released probes train
                     model.train()
                     noisy_codes = read_codes(model, encode, features, m, clips["train"], device)[0]
                     model.eval()
                     return noisy_codes
-                tags |= as_published(noisy, codes, label, features, modalities, known_counts(features, known), device, paper)
+                tags |= as_published(noisy, codes, label, features, modalities, known, device, paper)
         model.train(training)
     return tags, counts
 
@@ -290,7 +290,8 @@ def as_published(noisy, codes, label, features, modalities, known, device, paper
         width, runs, draws = codes["train"][source].shape[-1], {}, [noisy(source) for _ in range(DROPOUT_DRAWS)]
         for k in (None, *known):
             setting = paper["open_set" if k else "classification"]
-            runs[k] = Training(width, k or len(features.classes), device, setting["learning_rate"], setting["batch_size"])
+            classes = k or len(features.classes)
+            runs[k] = Training(width, classes, device, setting["learning_rate"], setting["batch_size"])
         for epoch in range(max(setting["epochs"] for setting in paper.values())):
             train_codes = draws[epoch % DROPOUT_DRAWS]
             for k, run in runs.items():
@@ -313,6 +314,18 @@ def as_published(noisy, codes, label, features, modalities, known, device, paper
     return tags
 
 
+def show_codebook(writer, codebook, counts, modalities: list, step: int) -> None:
+    """TensorBoard: the codebook in the projector, labelled with the modalities that use each code, and a usage picture.
+
+    counts (M, K): a modality uses a code if it makes at least SHARE of the code's selections (MICU, Fig. 6)."""
+    share = counts / counts.sum(0).clamp(min=1)
+    labels = ["+".join(m for m, s in zip(modalities, column) if s >= SHARE) or "unused" for column in share.T.tolist()]
+    writer.add_embedding(codebook.cpu(), labels, tag="codebook", global_step=step)
+    rows = counts[:, counts.sum(0).argsort(descending=True)].sqrt()
+    picture = (rows / rows.amax(1, keepdim=True).clamp(min=1)).repeat_interleave(24, 0).repeat_interleave(2, 1)
+    writer.add_image("codebook/usage", picture, step, dataformats="HW")  # one band a modality, codes by total use
+
+
 def table(tags: dict) -> str:
     """The `eval/` tags in plain columns: fractions in percent with one decimal, counts as they are."""
     tasks = {}
@@ -332,7 +345,7 @@ def table(tags: dict) -> str:
     return "\n".join(lines[1:])
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------------------------------- command line
 def main(run: tyro.conf.Positional[str], files: tyro.conf.Positional[tuple[str, ...]] = (), *,
          protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper"), known_classes: tuple[int, ...] = (),
          device: str = "auto") -> None:
@@ -344,7 +357,7 @@ def main(run: tyro.conf.Positional[str], files: tyro.conf.Positional[tuple[str, 
         raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})")
     method = importlib.import_module(state["method"])
     args, shape = method.Args(**state["args"]), state["shape"]
-    device = method.pick_device(device)
+    device = pick_device(device)
     features = Features(files or args.probe_data or data_files(args.data, args.runs_dir))
     check_request(features, list(shape), known_classes or args.known_classes)
     model = method.Model(shape, args).to(device)

@@ -1,10 +1,10 @@
 """Does each part earn its place? Runs the rows below as a user would and collects their results.json.
 
-    python benchmarks/ablations.py micu                       # run what is missing, write benchmarks/micu.json, print it
+    python benchmarks/ablations.py micu                       # run what is missing, write benchmarks/micu.json
     python benchmarks/ablations.py micu --jobs 2 --threads 1  # two runs at a time, one thread each
 
-Every number is from the `clean` protocol on the embedded digits: pairs are made by class there, so the rows compare with
-each other and with nothing else.
+Every number is from the `clean` protocol on the embedded digits: pairs are made by class there, so the rows compare
+with each other and with nothing else.
 """
 import json
 import os
@@ -38,9 +38,9 @@ ROWS = {  # method: {row: (flags, seeds)}
         "sum pooling": ("--spatial-pool sum", 1),
         "all permutations": ("--cujp-samples 0", 1),
         "unused resets": ("--reset-rule unused", 1),
-        "released recipe": ("--similarity cosine --temperature 0.1 --mask-axis time --mm-ema time-aligned --lambda-cujp 1 "
-                            "--cujp-splits 2 --spatial-pool sum --reset-rule unused --reset-source live --reset-after 300 "
-                            "--codebook-init uniform", 1),
+        "released recipe": ("--similarity cosine --temperature 0.1 --mask-axis time --mm-ema time-aligned "
+                            "--lambda-cujp 1 --cujp-splits 2 --spatial-pool sum --reset-rule unused "
+                            "--reset-source live --reset-after 300 --codebook-init uniform", 1),
         "64 codes": ("--codebook-size 64", 1),
     },
 }
@@ -60,7 +60,7 @@ def run(command: str, runs_dir: Path, threads: int) -> dict:
     return json.loads((Path(done.stdout.splitlines()[-1].removeprefix("run folder: ")) / "results.json").read_text())
 
 
-def main(method: tyro.conf.Positional[Literal["micu"]], jobs: int = 1, threads: int = 0, runs_dir: str = "runs") -> None:
+def main(method: tyro.conf.Positional[Literal["micu"]], jobs: int = 1, threads: int = 0, runs_dir: str = "runs"):
     out, runs_dir = ROOT / "benchmarks" / f"{method}.json", (ROOT / runs_dir).resolve()
     rows = json.loads(out.read_text()) if out.exists() else {}
 
@@ -69,7 +69,8 @@ def main(method: tyro.conf.Positional[Literal["micu"]], jobs: int = 1, threads: 
         row = rows.setdefault(name, {"command": f"python {method}.py {flags} --seed S".replace("  ", " "), "seeds": {}})
         if str(seed) not in row["seeds"]:
             result = run(f"python {method}.py {flags} --seed {seed}", runs_dir, threads)
-            row["seeds"][str(seed)] = {key: result[key] for key in ("git", "torch", "seconds", "peak_memory_mb", "metrics")}
+            keep = ("git", "torch", "seconds", "peak_memory_mb", "metrics")
+            row["seeds"][str(seed)] = {key: result[key] for key in keep}
             out.write_text(json.dumps({n: rows[n] for n in ROWS[method] if n in rows}, indent=1) + "\n")
             print(f"{name}, seed {seed}: {result['seconds']['train']:.0f} s", file=sys.stderr, flush=True)
 

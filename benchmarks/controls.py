@@ -2,8 +2,8 @@
 
     python benchmarks/controls.py RUN [--seeds 3]
 
-`untrained`: fresh encoders, codebook started from their outputs. `shuffled`: the codes of RUN, but every clip carries the
-codes of another one. Writes benchmarks/controls.json.
+`untrained`: fresh encoders, codebook started from their outputs. `shuffled`: the codes of RUN, but every clip carries
+the codes of another one. Writes benchmarks/controls.json.
 """
 import json
 import sys
@@ -15,7 +15,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import micu  # noqa: E402
 import probes  # noqa: E402
-from data import Batches, Features, data_files  # noqa: E402
+from data import Batches, Features, data_files, git_commit  # noqa: E402
 
 
 def main(run: tyro.conf.Positional[str], seeds: int = 3) -> None:
@@ -34,7 +34,8 @@ def main(run: tyro.conf.Positional[str], seeds: int = 3) -> None:
         model = micu.Model(shape, args).eval()
         batch = next(Batches(features, list(shape), "train", args.batch_size, "cpu", seed).epoch(0))
         with torch.no_grad():
-            model.quantizer.start({m: model.semantic[m](x) for m, x in batch.items()}, torch.Generator().manual_seed(seed))
+            z = {m: model.semantic[m](x) for m, x in batch.items()}
+            model.quantizer.start(z, torch.Generator().manual_seed(seed))
         rows[f"untrained, seed {seed}"] = probes.evaluate(model, micu.encode, features, list(shape), args.codebook_size,
                                                           torch.device("cpu"), ("clean",), (), {})[0]
     model.load_state_dict({name.removeprefix("model."): value for name, value in state["modules"].items()
@@ -42,7 +43,7 @@ def main(run: tyro.conf.Positional[str], seeds: int = 3) -> None:
     rows["shuffled"] = probes.evaluate(model, shuffled, features, list(shape), args.codebook_size, torch.device("cpu"),
                                        ("clean",), (), {})[0]
     out = Path(__file__).with_name("controls.json")
-    out.write_text(json.dumps({"command": "python benchmarks/controls.py RUN", "git": micu.git_commit(), "rows": rows},
+    out.write_text(json.dumps({"command": "python benchmarks/controls.py RUN", "git": git_commit(), "rows": rows},
                               indent=1) + "\n")
     for name, tags in rows.items():
         print(f"\n# {name}\n{probes.table(tags)}")

@@ -3,8 +3,8 @@
     python benchmarks/speed.py                                        # digits shapes
     python benchmarks/speed.py --shapes vggsound --precision bf16     # 10x7x7x512, 10x128, 10x768
 
-Features are random numbers already on the device: timing needs shapes, not meaning. Device events on CUDA, a wall clock on
-CPU; median and quartiles over --steps steps after a warm-up. Appends to benchmarks/speed.json.
+Features are random numbers already on the device: timing needs shapes, not meaning. Device events on CUDA, a wall clock
+on CPU; median and quartiles over --steps steps after a warm-up. Appends to benchmarks/speed.json.
 """
 import json
 import platform
@@ -23,13 +23,14 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import micu  # noqa: E402
+from data import git_commit, pick_device  # noqa: E402
 
 SHAPES = {"digits": {"audio": (10, 130), "video": (10, 7, 7, 64), "text": (10, 384)},
           "vggsound": {"audio": (10, 128), "video": (10, 7, 7, 512), "text": (10, 768)}}
 
 
 class Stopwatch:
-    """Marks between the parts of a step; CUDA events are read after the step, so that timing adds no synchronisation."""
+    """Marks between the parts of a step; CUDA events are read after the step, so timing adds no synchronisation."""
 
     def __init__(self, device):
         self.cuda = device.type == "cuda"
@@ -54,7 +55,7 @@ class Stopwatch:
 def main(shapes: Literal["digits", "vggsound"] = "digits", batch_size: int = 80, device: str = "auto",
          precision: Literal["fp32", "bf16"] = "fp32", compile: bool = False, steps: int = 20, warmup: int = 5,
          cujp_samples: int = -1) -> None:
-    device, shape, small = micu.pick_device(device), SHAPES[shapes], shapes == "digits"
+    device, shape, small = pick_device(device), SHAPES[shapes], shapes == "digits"
     args = micu.Args(batch_size=batch_size, reset_after=10 if small else 300, recon_width=1 if small else 2, epochs=1,
                      cujp_samples=cujp_samples if cujp_samples >= 0 else 8 if small else 0)
     torch.manual_seed(0)
@@ -110,7 +111,7 @@ def main(shapes: Literal["digits", "vggsound"] = "digits", batch_size: int = 80,
         if step >= warmup:
             rows.append(row | {"step": sum(row.values())})
 
-    report = {"command": "python benchmarks/speed.py " + " ".join(sys.argv[1:]), "git": micu.git_commit(),
+    report = {"command": "python benchmarks/speed.py " + " ".join(sys.argv[1:]), "git": git_commit(),
               "torch": torch.__version__, "threads": torch.get_num_threads(), "cujp_samples": args.cujp_samples,
               "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"}
     report["milliseconds"] = {name: [round(q, 2) for q in statistics.quantiles([r[name] for r in rows], n=4)]

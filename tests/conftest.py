@@ -1,0 +1,84 @@
+"""A tiny digits file, and two ways to run a script: as a user does, and in this process, which spares the imports.
+
+Everything happens in temporary folders outside the repository.
+"""
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+
+import data
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> str:
+    """160 / 60 / 80 digit clips."""
+    path = tmp_path_factory.mktemp("features") / "small.h5"
+    data.write_digits(str(path), sizes=(160, 60, 80))
+    return str(path)
+
+
+def command(*args) -> tuple:
+    """(argv, keyword arguments of subprocess) for `python script …` with one thread; `args[0]` is a file of the root."""
+    return [sys.executable, str(ROOT / args[0]), *map(str, args[1:])], {"env": os.environ | {"OMP_NUM_THREADS": "1"}}
+
+
+def run_script(*args, cwd) -> subprocess.CompletedProcess:
+    """`python script …` in the folder `cwd`, its streams captured."""
+    argv, keywords = command(*args)
+    return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=300, **keywords)
+
+
+def run_here(*args) -> int:
+    """`python script …` in this process and the current folder; returns the exit code, lets errors come through."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    saved = sys.argv, sys.excepthook, [signal.getsignal(number) for number in numbers]
+    sys.argv = [str(ROOT / args[0]), *map(str, args[1:])]
+    try:
+        with torch.random.fork_rng():
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        return 0
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv, sys.excepthook = saved[:2]
+        for number, handler in zip(numbers, saved[2]):
+            signal.signal(number, handler)
+
+
+def run_folder(cwd) -> Path:
+    """The one run folder below `cwd`/runs."""
+    (folder,) = Path(cwd, "runs").glob("*__*__*__*")
+    return folder
+
+
+def read_results(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+def read_metrics(run: Path) -> list:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def edit(path, out, **changes) -> str:
+    """A copy of an HDF5 file with datasets replaced (by arrays) or removed (by None); `a__b` is the dataset `a/b`."""
+    shutil.copy(path, out)
+    with h5py.File(out, "r+") as h5:
+        for name, value in changes.items():
+            name = name.replace("__", "/")
+            if name in h5:
+                del h5[name]
+            if value is not None:
+                h5[name] = value
+    return str(out)

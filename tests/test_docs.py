@@ -1,0 +1,83 @@
+"""The README tells the truth about commands, tags and texts shared between scripts; the help text explains every flag."""
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = [path for path in (ROOT / f"{name}.py" for name in ("uni_code", "micu", "codaar")) if path.exists()]
+METHOD_SPECIFIC = {"Args", "METHOD", "PAPER"}
+
+
+def glossary() -> list:
+    """Patterns of the tags in the README's glossary: <m>, <d>, <k> and <i> stand for one word."""
+    rows = re.findall(r"^\| (`(?:losses|charts|codebook|eval)/.*?) \|", README, re.M)
+    tags = [tag for row in rows for tag in re.findall(r"`([^`]+)`", row)]
+    return [re.sub(r"<\w>", "[a-z0-9]+", tag) for tag in tags]
+
+
+def test_logged_tags_and_glossary_are_the_same(default_run):
+    logged = {tag for line in default_run.metrics for tag in line} - {"step"}
+    patterns = glossary()
+    assert len(patterns) > 25
+    undocumented = [tag for tag in logged if not any(re.fullmatch(p, tag) for p in patterns)]
+    assert not undocumented
+    never_logged = [p for p in patterns if not any(re.fullmatch(p, tag) for tag in logged)]
+    assert not never_logged
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_commands_in_the_documents_parse(script):
+    module = __import__(script.stem)
+    sources = [README, *(path.read_text() for path in (ROOT / "benchmarks").glob("*.py")), script.read_text()]
+    commands = {line.strip(" `") for text in sources
+                for line in re.findall(rf"python {script.stem}\.py[^`\n\"#&|;]*", text) if "--help" not in line}
+    assert commands
+    for command in commands:
+        tyro.cli(module.Args, args=[word.replace("...", "x") for word in shlex.split(command)[2:]])
+
+
+def test_the_two_commands_of_the_readme_are_there():
+    for command in ("python micu.py --cujp-splits 8 --mask-ratio 0.3", "python -m pytest"):
+        assert f"\npip install -r requirements.txt && {command}\n" in README
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_flag_has_a_help_text(script):
+    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True,
+                           env={"COLUMNS": "400", "PATH": ""}).stdout
+    options = re.findall(r"^│ (--[a-z-]+)(.*)│$(?:\n^│  +(.*?) *│$)?", shown, re.M)
+    assert len(options) > 30
+    for name, rest, below in options:
+        text = re.sub(r"\(default: .*\)|\{.*?\}|\[.*\]|[A-Z]{3,}|\|", "", rest + below).strip()
+        assert len(text) > 5, f"{name} has no help"
+
+
+def definitions(path: Path) -> dict:
+    source = path.read_text()
+    return {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in METHOD_SPECIFIC}
+
+
+def test_same_name_same_text_and_order():
+    every = [definitions(path) for path in SCRIPTS]
+    for a in every:
+        for b in every:
+            shared = [name for name in a if name in b]
+            assert [a[name] for name in shared] == [b[name] for name in shared]
+            assert shared == [name for name in b if name in a]
+
+
+def test_a_script_imports_only_data_and_probes_of_this_project():
+    local = {path.stem for path in ROOT.glob("*.py")}
+    for script in SCRIPTS:
+        imported = {alias.name for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Import)
+                    for alias in node.names}
+        imported |= {node.module for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)}
+        assert imported & local == {"data", "probes"}
