@@ -17,7 +17,6 @@ Shapes: B clips of a batch, T segments, D code width, K codes, M modalities, N =
 import itertools
 import json
 import math
-import os
 import random
 import resource
 import signal
@@ -168,11 +167,12 @@ class SpecificEncoder(nn.Module):
 
     def __init__(self, shape: tuple, recon_width: int):
         super().__init__()
-        width, self.is_map = shape[-1], len(shape) == 4
-        r = recon_width * width
-        self.net = nn.Sequential(nn.Conv2d(width, r, 3), nn.ReLU(), nn.Conv2d(r, 2 * r, 3), nn.ReLU(),
+        d, self.is_map = shape[-1], len(shape) == 4
+        r = recon_width * d
+        self.width = 2 * r if self.is_map else 256
+        self.net = nn.Sequential(nn.Conv2d(d, r, 3), nn.ReLU(), nn.Conv2d(r, 2 * r, 3), nn.ReLU(),
                                  nn.Conv2d(2 * r, 2 * r, 1), Residual(2 * r), nn.ReLU()) if self.is_map else \
-            nn.Sequential(nn.Linear(width, 256), nn.ReLU())
+            nn.Sequential(nn.Linear(d, 256), nn.ReLU())
 
     def forward(self, x):
         return self.net(to_channels_first(x) if self.is_map else x)
@@ -443,37 +443,46 @@ def paper_settings(pretraining_epochs: int) -> dict:
     return {task: {**s, "epochs": max(1, s["epochs"] - pretraining_epochs)} for task, s in PAPER.items()}
 
 
-def settle(args: Args, features: Features, probe_features: Features) -> list:
-    """Check the arguments against the data, resolve the defaults that depend on its size; returns the modalities."""
-    modalities = [m for m in features.modalities if m in args.modalities] if args.modalities else features.modalities
+def settle(args: Args, features: Features, probe_features: Features, defaults: dict) -> list:
+    """Check the arguments against the data, resolve those left at None by `defaults`; returns the modalities."""
+    held = " ".join(features.modalities)
     for absent in set(args.modalities) - set(features.modalities):
-        raise InputError(f"--modalities {absent}: the data holds {' '.join(features.modalities)}")
+        raise InputError(f"--modalities {absent}: the data holds {held}")
+    modalities = [m for m in features.modalities if m in args.modalities] if args.modalities else features.modalities
     if len(modalities) < 2:
-        raise InputError(f"--modalities {' '.join(modalities)}: at least two are needed; the data holds "
-                         f"{' '.join(features.modalities)}")
+        raise InputError(f"--modalities {' '.join(modalities)}: at least two are needed; the data holds {held}")
     for m in set(modalities) & set(probe_features.modalities):
         if probe_features.shape[m] != features.shape[m]:
             raise InputError(f"--probe-data: {m} has shape {probe_features.shape[m]}, in training {features.shape[m]}")
     for m in modalities:
         if len(features.shape[m]) == 4 and min(features.shape[m][1:3]) < 5:
             raise InputError(f"{m}: maps of {features.shape[m][1:3]} cells, at least 5 x 5 are needed")
-    for name in ("codebook_size", "code_dim", "batch_size", "learning_rate", "log_every", "temperature",
-                 "cujp_permutations"):
-        if getattr(args, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    if args.code_dim % 4:
-        raise InputError(f"--code-dim {args.code_dim}: must be divisible by 4, the attention heads")
-    if not 0 <= args.mask_ratio < 1:
-        raise InputError(f"--mask-ratio {args.mask_ratio}: must be in [0, 1)")
-    if args.cujp_splits < 1 or args.code_dim % args.cujp_splits:
-        raise InputError(f"--cujp-splits {args.cujp_splits}: must divide --code-dim {args.code_dim}")
-    small = len(features.clips("train")) < 10_000
-    defaults = {"epochs": 5, "reset_after": 10 if small else 300, "recon_width": 1 if small else 2,
-                "cujp_samples": 8 if small else 0}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    for name in ("codebook_size", "code_dim", "batch_size", "learning_rate", "log_every", "recon_width"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    for name in ("epochs", "reset_after", "eval_every"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    if args.code_dim % 4:
+        raise InputError(f"--code-dim {args.code_dim}: must be divisible by 4, the attention heads")
+    if not 0 <= args.ema_decay < 1:
+        raise InputError(f"--ema-decay {args.ema_decay}: must be in [0, 1)")
     return modalities
+
+
+def check_method(args: Args) -> None:
+    """Raise InputError on method arguments that cannot be used."""
+    if not 0 <= args.mask_ratio < 1:
+        raise InputError(f"--mask-ratio {args.mask_ratio}: must be in [0, 1)")
+    if args.temperature <= 0:
+        raise InputError(f"--temperature {args.temperature}: must be above 0")
+    if args.cujp_splits < 1 or args.code_dim % args.cujp_splits:
+        raise InputError(f"--cujp-splits {args.cujp_splits}: must divide --code-dim {args.code_dim}")
+    if args.cujp_permutations < 1 or args.cujp_samples < 0:
+        raise InputError("--cujp-permutations must be above 0, --cujp-samples must not be negative")
 
 
 def resume_settings(args: Args):
@@ -539,7 +548,11 @@ if __name__ == "__main__":
     # ---- data
     features = Features(data_files(args.data, args.runs_dir))
     probe_features = Features(args.probe_data) if args.probe_data else features
-    modalities = settle(args, features, probe_features)
+    small = len(features.clips("train")) < 10_000
+    modalities = settle(args, features, probe_features, {
+        "epochs": 5, "reset_after": 10 if small else 300, "recon_width": 1 if small else 2,
+        "cujp_samples": 8 if small else 0})  # METHOD
+    check_method(args)
     batches = Batches(features, modalities, "train", args.batch_size, device, args.seed, args.features_on)
     probes.check_request(probe_features, modalities, args.known_classes)
     steps = args.epochs * len(batches)
@@ -556,6 +569,7 @@ if __name__ == "__main__":
     optimizer = torch.optim.Adam(modules.parameters(), lr=args.learning_rate, fused=True)
     weights = {"recon": args.lambda_recon, "commitment": args.lambda_commit, "fcmi_fine": args.lambda_fine,
                "fcmi_coarse": args.lambda_coarse, "cujp": args.lambda_cujp}  # METHOD
+    owners = {"modules": modules, "optimizer": optimizer}  # of state, for the checkpoint
     if args.compile:
         for module in (*model.semantic.values(), *model.specific.values(), *model.decoder.values()):
             module.compile()
@@ -564,8 +578,8 @@ if __name__ == "__main__":
     step = 0
     if state:
         try:
-            modules.load_state_dict(state["modules"])
-            optimizer.load_state_dict(state["optimizer"])
+            for name, owner in owners.items():
+                owner.load_state_dict(state[name])
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{args.resume}/checkpoint.pt does not fit: {str(error).splitlines()[-1].strip()}")
         step, seconds = state["step"], seconds | state["seconds"]
@@ -593,8 +607,7 @@ if __name__ == "__main__":
             rng["cuda"] = torch.cuda.get_rng_state(device)
         write(run / "checkpoint.pt", lambda path: torch.save(
             {"method": METHOD, "args": asdict(args), "shape": {m: features.shape[m] for m in modalities}, "step": step,
-             "modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng, "seconds": seconds},
-            path))
+             "rng": rng, "seconds": seconds, **{name: owner.state_dict() for name, owner in owners.items()}}, path))
 
     def evaluate(step: int):
         tags, counts = probes.evaluate(model, encode, probe_features, modalities, args.codebook_size, device,
@@ -621,7 +634,8 @@ if __name__ == "__main__":
                 model.quantizer.start(z, streams["reset"])
             quantized, code_index = model.quantizer(z)
             with autocast():
-                decoded = {m: model.decoder[m](quantized[m], model.specific[m](x)) for m, x in batch.items()}
+                specific = {m: model.specific[m](x) for m, x in batch.items()}
+                decoded = {m: model.decoder[m](quantized[m], specific[m]) for m in batch}
             losses = {"recon": sum(F.mse_loss(decoded[m].float(), x) for m, x in batch.items()),
                       "commitment": commitment_loss(z, code_index, model.quantizer.codebook)}
             mask = draw_masks(z, args, streams["mask"])  # METHOD

@@ -96,6 +96,10 @@ def audio(**values):
     ({"label": np.zeros(N - 1, int)}, "label", str(N - 1), str(N)),
     ({"group": np.zeros(N + 1, int)}, "group", str(N + 1), str(N)),
     ({"mask": np.zeros((N - 2, T, 2, 2), "u1")}, "mask", str(N - 2), str(N)),
+    ({"mask": np.zeros((N, T + 1, 2, 2), "u1")}, "mask", f"{T + 1}", f"{T}"),
+    ({"events": np.zeros((N, T, 4), "u1")}, "events", "", ""),
+    ({"classes": np.arange(4)}, "classes", "int64", "str"),
+    ({"split": 0}, "split", "()", f"(N,)"),
     ({"split": np.full(N, 3, "u1")}, "split", "3", "0 train, 1 val, 2 test"),
     ({"events__audio": np.zeros((N, T, 3), "u1")}, "events/audio", f"({N}, {T}, 3)", f"({N}, {T}, 4)"),
     ({"events__audio": np.zeros((N, T), "u1")}, "events/audio", f"({N}, {T})", f"({N}, {T}, 4)"),
@@ -133,6 +137,24 @@ def test_missing_unreadable_and_truncated_files(valid, tmp_path):
     assert "short.h5: not a readable HDF5 file" in error_of(lambda: FeatureFile(path))
 
 
+def test_a_group_among_the_modalities(valid, tmp_path):
+    path = edit(valid, tmp_path / "group.h5", smell__inner=np.zeros(3))
+    message = error_of(lambda: FeatureFile(path))
+    assert path in message and "smell" in message
+
+
+@pytest.mark.parametrize("read", [lambda path: Features([path]), data.check])
+def test_a_corrupt_chunk(tmp_path, read, capsys):
+    path = write(tmp_path / "corrupt.h5", compression=4)
+    with h5py.File(path) as h5:
+        chunk = h5["audio"].id.get_chunk_info(0 if read is not data.check else 1)
+    with open(path, "r+b") as stream:
+        stream.seek(chunk.byte_offset)
+        stream.write(bytes(chunk.size))
+    message = error_of(lambda: read(path))
+    assert path in message and "'audio'" in message
+
+
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_check_reads_every_value(valid, tmp_path, value, capsys):
     clip = min(set(range(N)) - set(np.linspace(0, N - 1, 16).astype(int)))  # opening does not look at this one
@@ -158,6 +180,18 @@ def test_several_files_must_fit_together(valid, tmp_path):
     classes = edit(valid, tmp_path / "classes.h5", classes=["a", "b", "c", "e"])
     assert "classes.h5" in error_of(lambda: Features([valid, classes]))
     assert Features([valid, edit(valid, tmp_path / "no_touch.h5", touch=None)]).modalities == ["audio", "video"]
+
+
+def test_events_of_one_file_only(valid, tmp_path):
+    """A file without events cannot say which clips hold one event; as alone, all of its clips count."""
+    features = Features([valid, edit(valid, tmp_path / "plain.h5", events=None)])
+    single = features.single_event(np.arange(2 * N))
+    assert set(single) == set(Features([valid]).single_event(np.arange(N))) | set(range(N, 2 * N))
+
+
+def test_files_of_different_precision_lose_nothing(valid, tmp_path):
+    large = edit(valid, tmp_path / "large.h5", audio=np.full((N, T, 4), 1e5, np.float32))
+    assert Features([valid, large]).read("audio", np.array([0, N]))[1].max() == 1e5
 
 
 # ------------------------------------------------------------------------------------------------ digits: composition

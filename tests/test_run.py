@@ -1,0 +1,761 @@
+"""micu.py as a whole: runs and what they leave, resume to the bit, bad input, probes that touch nothing, flags that act.
+
+Runs in this process where the process itself is not the point: a run of a few steps then takes half a second.
+"""
+import copy
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import micu
+import probes
+from conftest import command, edit, read_metrics, read_results, run_folder, run_here, run_script
+from data import Batches, Features, InputError
+
+TINY = "--batch-size 40 --codebook-size 64 --code-dim 64 --cujp-samples 2 --protocol clean".split()
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def load(run: Path) -> dict:
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def differences(left, right, path="") -> list:
+    """Places where two nested structures of dicts, lists, tensors and numbers are not exactly equal."""
+    if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
+        return [place for key in left for place in differences(left[key], right[key], f"{path}/{key}")]
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)) and len(left) == len(right):
+        return [place for i, pair in enumerate(zip(left, right)) for place in differences(*pair, f"{path}/{i}")]
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return [] if left.dtype == right.dtype and torch.equal(left, right) else [path]
+    return [] if type(left) is type(right) and left == right else [path]
+
+
+def training_state(run: Path) -> dict:
+    """All that decides how a run goes on, and its losses so far."""
+    state = load(run)
+    timing = ("charts/clips_per_second",)
+    lines = [{tag: value for tag, value in line.items() if tag not in timing} for line in read_metrics(run)]
+    return {key: state[key] for key in ("modules", "optimizer", "rng", "step", "shape")} | {
+        "losses": [line for line in lines if "losses/total" in line]}
+
+
+class Here:
+    """Runs of micu.py in this process: `here(*args)` -> run folder, with the last exit code and output."""
+
+    def __init__(self, cwd, data, capture):
+        self.cwd, self.data, self.capture, self.code, self.out = cwd, data, capture, None, ""
+
+    def __call__(self, *args, data=None) -> Path:
+        before = set(self.cwd.glob("runs/*__*"))
+        self.capture.readouterr()
+        source = () if "--resume" in args else ("--data", data or self.data)
+        self.code = run_here("micu.py", *source, *args)
+        self.out = self.capture.readouterr().out
+        resumed = [Path(folder) for option, folder in zip(args, args[1:]) if option == "--resume"]
+        (run,) = resumed or set(self.cwd.glob("runs/*__*")) - before
+        return self.cwd / run
+
+    def error(self, *args, **keywords) -> str:
+        """The one line of the InputError that ends the run; no result is left behind by it."""
+        results = set(self.cwd.glob("runs/*/results.json"))
+        with pytest.raises(InputError) as caught:
+            self(*args, **keywords)
+        assert "\n" not in str(caught.value)
+        assert set(self.cwd.glob("runs/*/results.json")) == results
+        return str(caught.value)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, small, capsys) -> Here:
+    monkeypatch.chdir(tmp_path)
+    return Here(tmp_path, small, capsys)
+
+
+# --------------------------------------------------------------------------------------------------------------- smoke
+
+SMOKE = {  # by subprocess, as a user runs it: modalities, further arguments, protocols, open-set tasks
+    "av": (("audio", "video"), "--protocol clean", ("clean",), (5,)),
+    "at": (("audio", "text"), "--code-dim 64 --known-classes 3 8 --protocol paper --log-every 1", ("paper",), (3, 8)),
+    "avt": (("audio", "video", "text"), "--code-dim 64", ("clean", "paper"), (5,)),
+}
+
+
+@pytest.fixture(scope="session", params=SMOKE)
+def smoke(request, small, tmp_path_factory):
+    """A finished run of one epoch, four steps."""
+    modalities, options, protocols, known = SMOKE[request.param]
+    cwd = tmp_path_factory.mktemp(f"smoke_{request.param}")
+    done = run_script("micu.py", "--data", small, "--modalities", *modalities, *options.split(),
+                      *"--epochs 1 --batch-size 40 --codebook-size 64 --cujp-samples 2".split(), cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(modalities=modalities, protocols=protocols, known=known, cwd=cwd, done=done,
+                           run=run_folder(cwd))
+
+
+def expected_tags(modalities, protocols, known) -> set:
+    """The `eval/` tags of DESIGN.md for the tasks of the digits set."""
+    tags = {f"codebook/{name}_{m}" for name in ("used", "perplexity") for m in modalities} | {"codebook/agreement"}
+    tags |= {f"codebook/{name}_{i + 1}" for name in ("shared", "weighted") for i in range(len(modalities))}
+    for way in (f"{a[0]}2{b[0]}" for a in modalities for b in modalities if a != b):
+        if "clean" in protocols:
+            tags |= {f"classification/{way}/{name}" for name in ("acc", "acc_same", "macro_recall")}
+            tags |= {f"open_set_{k}/{way}/{name}" for k in known
+                     for name in ("os_star", "unk", "hos", "os_star_class_mean", "auroc", "hos_oracle")}
+        if "paper" in protocols:
+            tags |= {f"classification/{way}/acc_paper"}
+            tags |= {f"open_set_{k}/{way}/{name}_paper" for k in known for name in ("os_star", "unk", "hos")}
+    return {f"eval/{tag}" for tag in tags}
+
+
+def test_results(smoke, small):
+    results = read_results(smoke.run)
+    assert set(results) == {"method", "data", "data_sha256", "seed", "args", "torch", "device", "git", "seconds", "steps",
+                            "peak_memory_mb", "metrics"}
+    assert (results["method"], results["data"], results["seed"], results["steps"]) == ("micu", "digits", 1, 4)
+    assert set(results["seconds"]) == {"data", "train", "probe"} and all(v > 0 for v in results["seconds"].values())
+    assert results["torch"] == torch.__version__ and 50 < results["peak_memory_mb"] < 4000
+    assert len(results["data_sha256"]) == 64 and results["git"]
+    metrics = results["metrics"]
+    assert set(metrics) == expected_tags(smoke.modalities, smoke.protocols, smoke.known)
+    for tag, value in metrics.items():
+        counts = tag.startswith(("eval/codebook/used_", "eval/codebook/perplexity_"))
+        assert 0 <= value <= (64 if counts else 1), tag  # a NaN fails, too
+
+
+def test_settings_are_resolved_and_recorded(smoke):
+    args = micu.json.loads((smoke.run / "args.json").read_text())
+    assert args == read_results(smoke.run)["args"] == micu.json.loads(micu.json.dumps(load(smoke.run)["args"]))
+    assert set(args) == set(micu.Args.__dataclass_fields__)
+    unresolved = {name for name, value in args.items() if value is None}
+    assert unresolved == {"resume", "stop_after_steps"} and args["cujp_samples"] == 2 and args["reset_after"] > 0
+
+
+def test_log_and_tensorboard(smoke):
+    lines = read_metrics(smoke.run)
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(steps) and steps[-1] == 4
+    training = {f"losses/{name}" for name in ("recon", "commitment", "fcmi_fine", "fcmi_coarse", "cujp", "total")}
+    training |= {f"codebook/{name}_{m}" for name in ("used", "perplexity") for m in smoke.modalities}
+    training |= {"codebook/agreement", "codebook/resets", "charts/grad_norm", "charts/epoch", "charts/clips_per_second"}
+    for line in lines[:-1]:
+        assert set(line) == training | {"step"} and np.isfinite(list(line.values())).all()
+    assert {tag: value for tag, value in lines[-1].items() if tag != "step"} == read_results(smoke.run)["metrics"]
+
+    board = EventAccumulator(str(smoke.run))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == training | set(lines[-1]) - {"step"}
+    for line in lines:
+        for tag in set(line) - {"step"}:
+            (event,) = [event for event in board.Scalars(tag) if event.step == line["step"]]
+            assert event.value == pytest.approx(line[tag], rel=1e-6)
+    assert board.Tags()["images"] == ["codebook/usage"]
+    assert board.Images("codebook/usage")[0].width == 2 * 64  # two pixels a code
+
+    projector = (smoke.run / "projector_config.pbtxt").read_text()
+    assert "tensors.tsv" in projector and "metadata.tsv" in projector
+    (vectors,), (labels,) = (list(smoke.run.rglob(name)) for name in ("tensors.tsv", "metadata.tsv"))
+    shown = np.loadtxt(vectors, delimiter="\t")
+    assert np.allclose(shown, load(smoke.run)["modules"]["model.quantizer.codebook"], atol=1e-5)
+    labels = labels.read_text().splitlines()
+    parts = {part for label in labels for part in label.split("+")}
+    assert len(labels) == 64 and parts <= {"unused", *smoke.modalities} and len(parts) > 1
+    metrics = read_results(smoke.run)["metrics"]
+    shared = [sum(label.count("+") == i and label != "unused" for label in labels) for i in range(len(smoke.modalities))]
+    for i, count in enumerate(shared):  # the labels and the figures speak of the same counts
+        assert metrics[f"eval/codebook/shared_{i + 1}"] == pytest.approx(count / sum(shared))
+
+
+def test_run_folder(smoke):
+    names = {path.name for path in smoke.run.iterdir() if path.is_file() and not path.name.startswith("events.out")}
+    assert names == {"args.json", "metrics.jsonl", "checkpoint.pt", "results.json", "projector_config.pbtxt"}
+    assert smoke.run.name.startswith("micu__digits__1__")
+    state = load(smoke.run)
+    assert set(state) == {"method", "args", "shape", "step", "modules", "optimizer", "rng", "seconds"}
+    assert (state["method"], state["step"]) == ("micu", 4) and list(state["shape"]) == list(smoke.modalities)
+    permutations = state["modules"]["jigsaw.permutations"]
+    assert permutations.shape == (256, 8) and len(permutations.unique(dim=0)) == 256
+
+
+def rows(text: str) -> dict:
+    """The printed table -> {(task, row): {metric: text}}"""
+    found, task, names = {}, "", []
+    for line in text.splitlines():
+        words = line.split()
+        if line.startswith("  "):
+            found[task, words[0]] = dict(zip(names, words[1:], strict=True))
+        elif words:
+            task, names = words[0], words[1:]
+    return found
+
+
+def test_printed_table(smoke):
+    out, err = smoke.done.stdout, smoke.done.stderr
+    assert "it/s" not in err and "%|" not in err and "\r" not in out + err  # no progress bar
+    table, where = out.rstrip().rsplit("\n", 1)
+    assert where == f"run folder: {smoke.run.relative_to(smoke.cwd)}"
+    table, metrics = rows(table), read_results(smoke.run)["metrics"]
+    assert sum(map(len, table.values())) == len(metrics)
+    for tag, value in metrics.items():
+        _, task, *way, name = tag.split("/")
+        shown = table[(task, *way)][name] if way else table[task, name]["value"]
+        plain = name.startswith(("used", "perplexity"))
+        assert shown == (f"{value:.0f}" if plain else f"{100 * value:.1f}"), tag
+
+
+def test_probes_print_the_same_table_again(smoke):
+    again = run_script("probes.py", smoke.run, *(["--protocol", *smoke.protocols]), cwd=smoke.cwd)
+    assert again.returncode == 0, again.stderr
+    assert rows(again.stdout) == rows(smoke.done.stdout.rstrip().rsplit("\n", 1)[0])
+
+
+def test_progress_bar_in_a_terminal(here, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    before = set()
+    run_here("micu.py", "--data", here.data, *TINY, "--modalities", "audio", "text", "--stop-after-steps", 4,
+             "--log-every", 1)
+    shown = capsys.readouterr().err
+    assert before == set() and "/20" in shown and all(word in shown for word in ("loss", "codes", "agree"))
+
+
+def test_training_teaches_what_no_modality_shows_alone(here):
+    run = here(*TINY, "--modalities", "audio", "text", "--epochs", 5)
+    metrics = read_results(run)["metrics"]
+    ways = [metrics[f"eval/classification/{way}/acc"] for way in ("a2t", "t2a")]
+    assert min(ways) > 0.4, ways  # ten classes
+
+
+# -------------------------------------------------------------------------------------------------- resume, determinism
+
+LONG = [*TINY, *"--epochs 2 --reset-after 2 --modalities audio video".split()]  # 8 steps
+
+
+@pytest.fixture(scope="module")
+def straight(small, tmp_path_factory):
+    """An uninterrupted run, probed at its end only: (training state, metrics)."""
+    cwd = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        assert run_here("micu.py", "--data", small, *LONG) == 0
+    return training_state(run_folder(cwd)), read_results(run_folder(cwd))["metrics"]
+
+
+def assert_same_run(run, straight):
+    state, metrics = straight
+    assert differences(training_state(run), state) == []
+    assert read_results(run)["metrics"] == metrics
+
+
+def test_two_runs_of_one_seed_are_equal(here, straight):
+    assert_same_run(here(*LONG), straight)
+
+
+def test_another_seed_is_another_run(here, straight):
+    run = here(*LONG, "--seed", 2, "--stop-after-steps", 8)
+    assert run.name.startswith("micu__digits__2__")
+    differ = differences(training_state(run), straight[0])
+    weights = {f"/modules/{name}" for name, value in straight[0]["modules"].items() if name.endswith("weight")
+               and "norm" not in name}
+    assert weights | {"/modules/model.quantizer.codebook", "/modules/jigsaw.permutations"} <= set(differ)
+    assert {f"/rng/{name}" for name in straight[0]["rng"]} <= set(differ)
+
+
+def test_interrupted_three_times_and_resumed(here, straight):
+    """In the middle of an epoch, at its end, and in the middle of the next one."""
+    run = here(*LONG, "--stop-after-steps", 3)
+    for stop in (4, 6, None):
+        assert here.code == 0 and "checkpoint saved" in here.out and f"--resume {run.relative_to(here.cwd)}" in here.out
+        assert not (run / "results.json").exists()
+        stop_after = ["--stop-after-steps", stop] if stop else []
+        assert here("--resume", str(run.relative_to(here.cwd)), *stop_after) == run
+    assert_same_run(run, straight)
+    steps = [line["step"] for line in read_metrics(run)]
+    assert steps == [4, 8, 8]
+    board = EventAccumulator(str(run))
+    board.Reload()
+    assert [event.step for event in board.Scalars("losses/total")] == [4, 8]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_leave_a_checkpoint_that_resumes_to_the_same_bits(here, straight, monkeypatch, number, code):
+    original = Batches.epoch
+
+    def interrupted(self, epoch, start=0):
+        for i, batch in enumerate(original(self, epoch, start), start):
+            if (epoch, i) == (1, 1):  # before the sixth of eight steps
+                signal.raise_signal(number)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "epoch", interrupted)
+        run = here(*LONG)
+    assert here.code == code and load(run)["step"] == 6 and not (run / "results.json").exists()
+    assert "stopped after step 6 of 8" in here.out and f"python micu.py --resume {run.relative_to(here.cwd)}" in here.out
+    assert_same_run(here("--resume", str(run.relative_to(here.cwd))), straight)
+
+
+def test_ctrl_c_and_the_command_it_prints(small, tmp_path):
+    """In a process of its own: the message, the exit code, and the printed command work."""
+    options = [*TINY, *"--modalities audio text --epochs 500 --log-every 1".split()]
+    argv, keywords = command("micu.py", "--data", small, *options)
+    process = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords)
+    try:
+        deadline = time.monotonic() + 120
+        while not any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and err == ""
+    again = shlex.split(out.split("continue with: ")[1])
+    assert again[:2] == ["python", "micu.py"]
+    step = load(run_folder(tmp_path))["step"]
+    resumed = run_script(*again[1:], "--stop-after-steps", step + 1, cwd=tmp_path)
+    assert resumed.returncode == 0 and f"stopped after step {step + 1} of 2000" in resumed.stdout, resumed.stderr
+    assert load(run_folder(tmp_path))["step"] == step + 1
+
+
+def test_probing_along_the_way_changes_nothing(here, straight):
+    run = here(*LONG, "--eval-every", 1)
+    assert_same_run(run, straight)
+    probed = [line["step"] for line in read_metrics(run) if "eval/codebook/agreement" in line]
+    assert probed == [4, 8]
+
+
+def test_an_interruption_at_the_end_of_an_epoch_skips_no_probe(here):
+    run = here(*LONG, "--eval-every", 1, "--stop-after-steps", 4)
+    here("--resume", str(run), "--stop-after-steps", 5)
+    assert [line["step"] for line in read_metrics(run) if "eval/codebook/agreement" in line] == [4]
+
+
+@pytest.mark.parametrize("options", ["--features-on file", "--features-on memory", "--features-on device",
+                                     "--log-every 1", "--runs-dir elsewhere/deep"])
+def test_flags_that_must_not_change_the_training(here, straight, options):
+    if "runs-dir" in options:
+        run_here("micu.py", "--data", here.data, *LONG, *options.split(), "--stop-after-steps", 8)
+        (run,) = here.cwd.glob("elsewhere/deep/*")
+    else:
+        run = here(*LONG, *options.split(), "--stop-after-steps", 8)
+    differ = {place.split("/")[1] + "/" + place.split(".")[-1] for place in differences(
+        {key: load(run)[key] for key in ("modules", "optimizer", "rng")},
+        {key: straight[0][key] for key in ("modules", "optimizer", "rng")})}
+    assert differ <= {"modules/usage", "modules/resets"}  # counters since the last log line
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+BAD = [
+    ("--modalities audio smell", ["--modalities smell", "audio video text"]),
+    ("--modalities audio", ["at least two"]),
+    ("--modalities audio audio", ["at least two"]),
+    ("--cujp-splits 7", ["--cujp-splits 7", "--code-dim 256"]),
+    ("--cujp-splits 0", ["--cujp-splits 0"]),
+    ("--cujp-splits 512", ["--cujp-splits 512", "--code-dim 256"]),
+    ("--cujp-permutations 0", ["--cujp-permutations 0"]),
+    ("--cujp-samples -1", ["--cujp-samples -1"]),
+    ("--mask-ratio 1.0", ["--mask-ratio 1.0", "[0, 1)"]),
+    ("--mask-ratio -0.1", ["--mask-ratio -0.1", "[0, 1)"]),
+    ("--mask-ratio nan", ["--mask-ratio nan"]),
+    ("--codebook-size 0", ["--codebook-size 0"]),
+    ("--codebook-size -3", ["--codebook-size -3"]),
+    ("--code-dim 0", ["--code-dim 0"]),
+    ("--code-dim 30 --cujp-splits 2", ["--code-dim 30"]),
+    ("--batch-size 0", ["--batch-size 0"]),
+    ("--batch-size 161", ["--batch-size 161", "160 clips"]),
+    ("--epochs 0", ["--epochs 0"]),
+    ("--learning-rate 0", ["--learning-rate 0"]),
+    ("--learning-rate nan", ["--learning-rate nan"]),
+    ("--temperature 0", ["--temperature 0"]),
+    ("--log-every 0", ["--log-every 0"]),
+    ("--reset-after -1", ["--reset-after -1"]),
+    ("--recon-width 0", ["--recon-width 0"]),
+    ("--ema-decay 1.5", ["--ema-decay 1.5"]),
+    ("--eval-every -1", ["--eval-every -1"]),
+    ("--known-classes 10", ["--known-classes 10", "1 to 9"]),
+    ("--known-classes 0", ["--known-classes 0"]),
+    ("--device cuda:99", ["--device cuda:99", "--device auto"]),
+    ("--device nonsense", ["--device nonsense", "--device auto"]),
+    ("--probe-data absent.h5", ["absent.h5", "no such file"]),
+    ("--resume absent", ["--resume absent", "checkpoint.pt"]),
+]
+
+
+@pytest.mark.parametrize("options, needles", BAD, ids=[options for options, _ in BAD])
+def test_bad_arguments(here, options, needles):
+    message = here.error(*options.split())
+    assert all(needle in message for needle in needles), message
+    assert not list(here.cwd.glob("runs/*__*")), "a run folder for a run that never began"
+
+
+@pytest.mark.parametrize("options, needles", [
+    ("--modalities audio smell --data {small}", ["error: --modalities smell", "audio video text"]),
+    ("--data absent.h5", ["error: absent.h5: no such file", "digits"]),
+    ("--data {small} --runs-dir file/below", ["error: --runs-dir file/below", "cannot be written"]),
+    ("--data digits --runs-dir file/below", ["error: --runs-dir file/below", "cannot be written"]),
+])
+def test_one_line_and_exit_code_2(tmp_path, small, options, needles):
+    (tmp_path / "file").write_text("")
+    done = run_script("micu.py", *options.format(small=small).split(), cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and all(needle in done.stderr for needle in needles), done.stderr
+    assert not list(tmp_path.rglob("results.json"))
+
+
+def test_splits_that_are_missing(here):
+    with h5py.File(here.data) as h5:
+        split = h5["split"][:]
+    no_test = edit(here.data, here.cwd / "no_test.h5", split=np.where(split == 2, 0, split))
+    assert "no_test.h5: the test split is empty" in here.error(*TINY, data=no_test)
+    no_train = edit(here.data, here.cwd / "no_train.h5", split=np.where(split == 0, 1, split))
+    assert "no_train.h5: the train split is empty" in here.error(*TINY, data=no_train)
+
+
+def test_probe_data_of_other_shapes(here):
+    with h5py.File(here.data) as h5:
+        narrow = h5["audio"][..., :100]
+    other = edit(here.data, here.cwd / "narrow.h5", audio=narrow)
+    assert "audio has shape (10, 100)" in here.error(*TINY, "--probe-data", other)
+
+
+@pytest.fixture(scope="module")
+def stopped(small, tmp_path_factory) -> Path:
+    """A run stopped after two steps, to be copied before it is used."""
+    cwd = tmp_path_factory.mktemp("stopped")
+    shutil.copy(small, cwd / "data.h5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        run_here("micu.py", "--data", "data.h5", *TINY, "--modalities", "audio", "text", "--stop-after-steps", 2)
+    return cwd
+
+
+@pytest.fixture
+def interrupted(here, stopped):
+    """The stopped run in the current folder: its path from there."""
+    shutil.copytree(stopped, here.cwd, dirs_exist_ok=True)
+    return run_folder(here.cwd).relative_to(here.cwd)
+
+
+def test_resume_keeps_the_settings(here, interrupted):
+    before = training_state(interrupted)
+    for option in ("--batch-size 20", "--codebook-size 32", "--modalities audio video", "--seed 3", "--epochs 9",
+                   "--temperature 0.5", "--data digits.h5"):
+        message = here.error("--resume", str(interrupted), *option.split())
+        assert option.split()[0] in message and "started with" in message
+    assert differences(training_state(interrupted), before) == []
+    here("--resume", str(interrupted), "--batch-size", 40, "--stop-after-steps", 3)  # what was given before may be again
+    assert load(interrupted)["step"] == 3
+
+
+def test_resume_notices_a_setting_that_equals_the_default(here, interrupted):
+    message = here.error("--resume", str(interrupted), "--batch-size", 80, "--stop-after-steps", 3)
+    assert "--batch-size 80" in message
+
+
+@pytest.mark.parametrize("spoil, needles", [
+    (lambda path: path.unlink(), ["--resume", "no checkpoint.pt"]),
+    (lambda path: path.write_bytes(path.read_bytes()[:5000]), ["checkpoint.pt", "not a readable checkpoint"]),
+    (lambda path: path.write_bytes(b"nonsense"), ["checkpoint.pt", "not a readable checkpoint"]),
+    (lambda path: path.write_bytes(b""), ["checkpoint.pt", "not a readable checkpoint"]),
+    (lambda path: torch.save({"weights": torch.zeros(2)}, path), ["checkpoint.pt"]),
+    (lambda path: torch.save(torch.zeros(2), path), ["checkpoint.pt"]),
+    (lambda path: torch.save(torch.load(path) | {"method": "uni_code"}, path), ["uni_code", "micu"]),
+    (lambda path: torch.save({**torch.load(path), "args": {"a_flag_of_the_future": 1}}, path), ["checkpoint.pt"]),
+    (lambda path: (path.parent / "results.json").write_text("{}"), ["complete", "results.json"]),
+    (lambda path: torch.save(Path, path), ["checkpoint.pt", "not a readable checkpoint"]),  # would run code
+], ids=["missing", "truncated", "nonsense", "empty", "other dict", "tensor", "other method", "other flags", "complete",
+        "pickle"])
+def test_checkpoints_that_cannot_be_resumed(here, interrupted, spoil, needles):
+    spoil(interrupted / "checkpoint.pt")
+    message = here.error("--resume", str(interrupted))
+    assert all(needle in message for needle in needles), message
+
+
+def change_data(name: str, change) -> None:
+    """Replace a dataset of data.h5 in the current folder."""
+    with h5py.File("data.h5") as h5:
+        values = change(h5[name][:])
+    os.replace(edit("data.h5", "new.h5", **{name: values}), "data.h5")
+
+
+def test_resume_on_data_of_other_shapes(here, interrupted):
+    change_data("audio", lambda audio: audio[..., :100])
+    message = here.error("--resume", str(interrupted))
+    assert "checkpoint.pt does not fit" in message
+
+
+def test_resume_on_other_clips(here, interrupted):
+    change_data("audio", lambda audio: audio + np.float16(1))
+    message = here.error("--resume", str(interrupted))
+    assert "data.h5" in message
+
+
+def test_probes_on_data_of_other_shapes(here, interrupted):
+    change_data("audio", lambda audio: audio[..., :100])
+    with pytest.raises(InputError, match="audio") as caught:
+        run_here("probes.py", interrupted, "data.h5")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(b"nonsense"),
+                                   lambda path: torch.save({"weights": torch.zeros(2)}, path)])
+def test_probes_without_a_checkpoint(here, interrupted, spoil):
+    spoil(interrupted / "checkpoint.pt")
+    with pytest.raises(InputError, match="checkpoint.pt"):
+        run_here("probes.py", interrupted)
+
+
+def finite(run: Path) -> bool:
+    return all(value.isfinite().all() for value in load(run)["modules"].values())
+
+
+AUDIO_TEXT = [*TINY, "--modalities", "audio", "text"]
+
+
+def test_a_loss_that_is_nan_stops_the_run(here):
+    message = here.error(*AUDIO_TEXT, "--learning-rate", "1e30", "--log-every", 1)
+    assert "at step 2" in message and "losses/fcmi_fine" in message and "no checkpoint" in message
+    (run,) = here.cwd.glob("runs/*")
+    assert not (run / "checkpoint.pt").exists()
+
+
+def test_a_loss_that_is_nan_names_the_last_good_checkpoint(here, monkeypatch):
+    original = Batches.epoch
+
+    def poisoned(self, epoch, start=0):
+        for i, batch in enumerate(original(self, epoch, start), start):
+            yield {m: x * float("inf") for m, x in batch.items()} if (epoch, i) == (1, 1) else batch
+
+    monkeypatch.setattr(Batches, "epoch", poisoned)
+    message = here.error(*AUDIO_TEXT, "--log-every", 1)
+    (run,) = here.cwd.glob("runs/*")
+    assert "at step 6" in message and str(run.relative_to(here.cwd) / "checkpoint.pt") in message
+    assert load(run)["step"] == 4 and finite(run)
+
+
+@pytest.mark.parametrize("options", ["--stop-after-steps 6", "--stop-after-steps 8"])
+def test_a_nan_between_two_log_lines_spoils_no_checkpoint(here, monkeypatch, options):
+    test_poison = Batches.epoch
+
+    def poisoned(self, epoch, start=0):
+        for i, batch in enumerate(test_poison(self, epoch, start), start):
+            yield {m: x * float("inf") for m, x in batch.items()} if (epoch, i) == (1, 1) else batch
+
+    monkeypatch.setattr(Batches, "epoch", poisoned)
+    here.error(*AUDIO_TEXT, *options.split(), "--log-every", 1000)
+    (run,) = here.cwd.glob("runs/*")
+    assert load(run)["step"] == 4 and finite(run)
+
+
+def test_huge_features_stop_the_run(here):
+    with h5py.File(here.data) as h5:
+        huge = h5["audio"][:].astype(np.float32) * 1e30
+    message = here.error(*AUDIO_TEXT, data=edit(here.data, here.cwd / "huge.h5", audio=huge))
+    assert "not finite" in message and "losses/recon" in message
+
+
+# ----------------------------------------------------------------------------------------------- probes touch nothing
+
+
+def model_of(run: Path):
+    """(args, model) of a checkpoint"""
+    state = load(run)
+    args = micu.Args(**state["args"])
+    model = micu.Model(state["shape"], args)
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state["modules"].items()
+                           if name.startswith("model.")})
+    return args, model
+
+
+def evaluate(model, features, encode=micu.encode, protocols=("clean",), known=(5,)):
+    return probes.evaluate(model, encode, features, list(model.semantic), len(model.quantizer.codebook),
+                           torch.device("cpu"), protocols, known, micu.paper_settings(5))
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory) -> Path:
+    """A run of three modalities, stopped after one step."""
+    cwd = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        run_here("micu.py", "--data", small, *TINY, "--stop-after-steps", 1)
+    return run_folder(cwd)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_probes_leave_the_model_and_the_random_state_alone(trained, small, training):
+    _, model = model_of(trained)
+    model.train(training)
+    before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    numpy_rng = np.random.get_state()[1].copy()
+    first = evaluate(model, Features([small]), protocols=("clean", "paper"))
+    assert differences(model.state_dict(), before) == []
+    assert all(module.training is training for module in model.modules())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), rng) and np.array_equal(np.random.get_state()[1], numpy_rng)
+    if training:  # nor do they depend on either
+        torch.rand(3)
+        assert evaluate(model.eval(), Features([small]), protocols=("clean", "paper"))[0] == first[0]
+
+
+def test_encode_gives_the_nearest_rows_of_the_present_codebook(trained, small):
+    _, model = model_of(trained)
+    model.eval()
+    features = Features([small])
+    x = torch.from_numpy(features.read("video", np.arange(6))).float()
+    for _ in range(2):  # the second time with another codebook
+        with torch.no_grad():
+            quantized, index = micu.encode(model, x, "video")
+            z = model.semantic["video"](x)
+        assert quantized.shape == (6, 10, 64) and index.shape == (6, 10)
+        assert torch.equal(index, torch.cdist(z, model.quantizer.codebook.expand(6, -1, -1)).argmin(-1))
+        assert torch.equal(quantized, model.quantizer.codebook[index])
+        model.quantizer.codebook.copy_(model.quantizer.codebook.flip(0) * 1.5)
+
+
+def mean_accuracy(tags) -> float:
+    return np.mean([value for tag, value in tags.items() if "/classification/" in tag and tag.endswith("/acc")])
+
+
+def test_an_untrained_model_is_near_chance(small):
+    torch.manual_seed(0)
+    features = Features([small])
+    args = micu.Args(codebook_size=64, code_dim=64, recon_width=1)
+    model = micu.Model(features.shape, args)
+    assert mean_accuracy(evaluate(model, features, known=())[0]) < 0.2  # ten classes
+
+
+def test_shuffled_codes_are_at_chance(small):
+    """A model that sees the class itself in each segment: perfect, and at chance once its codes change clips."""
+    features = Features([small])
+    model = torch.nn.Module()
+    with h5py.File(small) as h5:
+        label = {m: {clip.tobytes(): int(c) for clip, c in zip(h5[m][:].astype(np.float32), h5["label"][:])}
+                 for m in ("audio", "text")}
+    vectors = torch.randn(10, 16, generator=torch.Generator().manual_seed(0))
+
+    def oracle(model, x, modality):
+        index = torch.tensor([label[modality][clip.numpy().tobytes()] for clip in x])[:, None].expand(-1, 10)
+        return vectors[index], index
+
+    def shuffled(model, x, modality):
+        quantized, index = oracle(model, x, modality)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(len(x)))
+        return quantized[order], index[order]
+
+    def run(encode):
+        return probes.evaluate(model, encode, features, ["audio", "text"], 10, torch.device("cpu"), ("clean",), (5,),
+                               micu.paper_settings(5))[0]
+
+    seeing, blind = run(oracle), run(shuffled)
+    assert mean_accuracy(seeing) == 1 and seeing["eval/codebook/agreement"] == 1
+    assert mean_accuracy(blind) < 0.25 and abs(blind["eval/open_set_5/a2t/auroc"] - 0.5) < 0.2
+
+
+# ---------------------------------------------------------------------------------------------------- every flag acts
+
+STEPS = [*"--batch-size 8 --codebook-size 48 --code-dim 32 --cujp-samples 2 --reset-after 2 --epochs 1".split(),
+         *"--stop-after-steps 6 --log-every 1000".split()]
+FLAGS = ["--mask-ratio 0.5", "--mask-axis time", "--mask-sharing different", "--similarity dot", "--temperature 1.0",
+         "--jigsaw mmjp", "--jigsaw none", "--cujp-splits 4", "--cujp-permutations 20", "--cujp-samples 3",
+         "--cujp-samples 0", "--mm-ema time-aligned", "--lambda-fine 0", "--lambda-coarse 0", "--lambda-cujp 0",
+         "--lambda-recon 0", "--lambda-commit 0", "--codebook-size 40", "--codebook-init uniform", "--reset-after 3",
+         "--reset-after 0", "--reset-rule unused", "--reset-source batch", "--reset-source live", "--spatial-pool sum",
+         "--recon-width 2", "--ema-decay 0.9", "--code-dim 64", "--learning-rate 1e-3", "--batch-size 9",
+         "--modalities audio video", "--precision bf16"]
+DOWNSTREAM = ("model.semantic", "model.quantizer.codebook")  # what a probe sees
+
+
+@pytest.fixture(scope="module")
+def default(small, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("default")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        run_here("micu.py", "--data", small, *STEPS)
+    return load(run_folder(cwd))
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_every_flag_changes_what_is_learned(here, default, flag):
+    state = load(here(*STEPS, *flag.split()))
+    assert state["step"] == 6 and all(value.isfinite().all() for value in state["modules"].values())
+    codes, base = ({name: value for name, value in s["modules"].items() if name.startswith(DOWNSTREAM)}
+                   for s in (state, default))
+    assert differences(codes, base), "the flag changed nothing in the encoders or the codebook"
+    before, after = default["args"], state["args"]
+    assert [name for name in after if after[name] != before[name]] == [flag.split()[0][2:].replace("-", "_")]
+
+
+@pytest.mark.parametrize("weight", ["fine", "coarse", "cujp", "recon", "commit"])
+def test_a_weight_of_zero_leaves_the_other_draws_alone(here, default, weight):
+    state = load(here(*STEPS, f"--lambda-{weight}", 0))
+    assert differences({k: v for k, v in state["rng"].items() if k in ("mask", "puzzle")},
+                       {k: v for k, v in default["rng"].items() if k in ("mask", "puzzle")}) == []
+
+
+def keys_and_shapes(state) -> dict:
+    return {name: tuple(value.shape) for name, value in state["modules"].items()}
+
+
+def test_bf16_keeps_the_checkpoint_in_fp32(here, default):
+    state = load(here(*STEPS, "--precision", "bf16"))
+    assert keys_and_shapes(state) == keys_and_shapes(default)
+    assert all(value.dtype == default["modules"][name].dtype for name, value in state["modules"].items())
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def test_compile_traces_every_network(here, default, monkeypatch, fresh_compiler):
+    """Traced and differentiated, but run without generated code, which would take a minute: the same to rounding."""
+    compiled, original = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **keywords: compiled.append(args) or original(
+        *args, **(keywords | {"backend": "aot_eager"})))
+    state = load(here(*STEPS, "--compile", "--stop-after-steps", 2))
+    assert len(compiled) == 9 and keys_and_shapes(state) == keys_and_shapes(default)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+def test_compile(here, default, fresh_compiler):
+    state = load(here(*STEPS, "--compile", "--stop-after-steps", 2))
+    assert keys_and_shapes(state) == keys_and_shapes(default) and finite(run_folder(here.cwd))
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+
+@CUDA
+@pytest.mark.parametrize("options", ["", "--precision bf16", "--features-on file", "--features-on memory"])
+def test_gpu_runs_probes_and_resumes(here, default, options):
+    run = here(*TINY, "--epochs", 2, "--device", "cuda", *options.split(), "--stop-after-steps", 3)
+    assert load(run)["step"] == 3 and "cuda" in load(run)["rng"]
+    assert here("--resume", str(run), "--device", "cuda") == run and here.code == 0
+    results = read_results(run)
+    assert results["device"] == torch.cuda.get_device_name() and results["peak_memory_mb"] > 1
+    assert set(results["metrics"]) == expected_tags(("audio", "video", "text"), ("clean",), (5,))
+
+
+@CUDA
+@pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_moves_between_devices(here, devices):
+    run = here(*TINY, "--device", devices[0], "--stop-after-steps", 2)
+    here("--resume", str(run), "--device", devices[1], "--stop-after-steps", 4)
+    assert load(run)["step"] == 4 and finite(run)
