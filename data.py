@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Iterator, Literal, Optional
+from typing import Iterator, Literal
 
 import h5py
 import numpy as np
@@ -25,13 +25,18 @@ from tqdm import tqdm
 
 FORMAT, VERSION = "cmg-features", 1
 SPLITS = ("train", "val", "test")
-MODALITY_ORDER = ("audio", "video", "text", "flow")  # others follow in alphabetical order
+MODALITY_ORDER = ("audio", "video", "text", "flow")  # others follow as the file lists them
 NOT_MODALITIES = ("label", "events", "mask", "group", "split", "id", "classes")
 DIGITS_FILE = Path(__file__).with_name("digits.h5")
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what is wrong, and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def explain_input_errors(kind, error, traceback):
@@ -52,14 +57,14 @@ def pick_device(name: str) -> torch.device:
     """`auto` or a torch device name -> device. Raises InputError if it does not exist here."""
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
         return device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device auto")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: not available here ({first_line(error)}); try --device auto")
 
 
 def write(path: Path, save) -> None:
-    """`save(temporary path)`, then rename: `path` is either the old file or the whole new one, never a part."""
+    """`save(temporary path)`, then rename: a program killed at any point leaves the old file or the whole new one."""
     temporary = path.with_suffix(".tmp")
     save(temporary)
     os.replace(temporary, path)
@@ -75,7 +80,7 @@ def git_commit() -> str:
 
 # ------------------------------------------------------------------------------------------------------- feature files
 class FeatureFile:
-    """One validated `cmg-features` file. InputErrors name the file, the dataset, what was found and what was expected."""
+    """One validated `cmg-features` file. Errors name the file, the dataset, what was found and what was expected."""
 
     def __init__(self, path: str):
         self.path = str(path)
@@ -84,7 +89,7 @@ class FeatureFile:
         try:
             self.h5 = h5py.File(path, "r")
         except OSError as error:
-            raise InputError(f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]}); copy it again")
+            raise InputError(f"{path}: not a readable HDF5 file ({first_line(error)}); copy it again")
         self.raw = os.open(path, os.O_RDONLY)
         found = self.h5.attrs.get("format"), self.h5.attrs.get("version")
         if found != (FORMAT, VERSION):
@@ -121,6 +126,8 @@ class FeatureFile:
             self._fail("split", f"values {np.unique(self.split)[:6].tolist()}", "0 train, 1 val, 2 test")
         self.classes = [c.decode() for c in self.h5["classes"][:]] if "classes" in self.h5 else []
         self.label = self.h5["label"][:].astype(np.int64) if "label" in self.h5 else np.full(self.clips, -1)
+        if (self.label >= 0).any() and not self.classes:
+            raise InputError(f"{self.path}: dataset 'classes' is missing, the names of the labels")
         if self.label.min() < -1 or self.label.max() >= len(self.classes):
             self._fail("label", f"values {self.label.min()}..{self.label.max()}", f"-1..{len(self.classes) - 1}, C - 1")
         self._validate_optional()
@@ -139,7 +146,7 @@ class FeatureFile:
         neither maps the file (a file that shrinks must not kill the process) nor holds h5py's global lock."""
         data = self.h5[name]
         out = np.empty((len(index), *data.shape[1:]), data.dtype)
-        start = None if data.chunks else data.id.get_offset()
+        start = None if data.chunks or data.file.filename != self.path else data.id.get_offset()
         try:
             for row, clip in zip(out, index):
                 if start is None:
@@ -181,7 +188,7 @@ class Features:
             return self.files[0].read(name, index)
         owner = np.searchsorted(self.starts, index, side="right") - 1
         parts = [self.files[f].read(name, index[owner == f] - self.starts[f]) for f in range(len(self.files))]
-        out = np.empty((len(index), *parts[0].shape[1:]), parts[0].dtype)
+        out = np.empty((len(index), *parts[0].shape[1:]), np.result_type(*parts))
         for f, part in enumerate(parts):
             out[owner == f] = part
         return out
@@ -197,25 +204,25 @@ class Features:
         return index[happens.sum(1) <= 1]
 
     def sha256(self) -> str:
+        """Of the file as `sha256sum` has it, or of the files one after the other."""
         digest = hashlib.sha256()
         for file in self.files:
             with open(file.path, "rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+                while block := stream.read(1 << 24):
+                    digest.update(block)
         return digest.hexdigest()
 
 
-def to_tensor(array: np.ndarray, device) -> torch.Tensor:
-    """Host array -> tensor on `device` in the same dtype; through pinned memory when the device is a GPU."""
-    tensor = torch.from_numpy(array)
-    on_gpu = torch.device(device).type == "cuda"
-    return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` in page-locked memory if it is bound for a GPU: only then does the copy overlap with computation."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 class Batches:
     """Shuffled training batches {modality: (B, T, ...) float32 on `device`} of one split; the odd rest is dropped.
 
     `source` says where the features wait: on the `device`, in host `memory`, or in the `file` from which a background
-    thread reads ahead; `auto` takes the first that fits in half of the free memory. The order depends on (seed, epoch)
+    thread reads ahead; `auto` takes the first that fits in half of the memory there. The order depends on (seed, epoch)
     alone, so any epoch can be resumed at any step. Raises InputError if the split is empty or smaller than a batch.
     """
 
@@ -224,19 +231,21 @@ class Batches:
         self.features, self.modalities, self.device, self.seed = features, modalities, torch.device(device), seed
         self.index, self.batch_size = features.clips(split), batch_size
         if len(self.index) == 0:
-            raise InputError(f"{features.files[0].path}: the {split} split is empty; 'split' needs {SPLITS.index(split)}s")
+            raise InputError(f"{features.files[0].path}: the {split} split is empty, no clip has it in 'split'")
         if batch_size > len(self.index):
             raise InputError(f"--batch-size {batch_size} is larger than the {split} split ({len(self.index)} clips)")
         clip_bytes = sum(features.files[0].h5[m].dtype.itemsize * int(np.prod(features.shape[m])) for m in modalities)
         self.source = self._fits(clip_bytes * len(self.index)) if source == "auto" else source
         if self.source != "file":
-            place = self.device if self.source == "device" else "cpu"
-            self.resident = {m: to_tensor(features.read(m, self.index), place) for m in modalities}
+            place = self.device if self.source == "device" else torch.device("cpu")
+            self.resident = {m: torch.cat([torch.from_numpy(features.read(m, part)).to(place)
+                                           for part in np.split(self.index, range(1000, len(self.index), 1000))])
+                             for m in modalities}
 
     def _fits(self, size: int) -> str:
         if self.device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(self.device)[0]:
             return "device"
-        return "memory" if size < 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") else "file"
+        return "memory" if size < 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") else "file"
 
     def __len__(self) -> int:
         """Steps in an epoch."""
@@ -246,12 +255,15 @@ class Batches:
         """Batches `start`, `start` + 1, … of this epoch's permutation."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.index), generator=generator)
+        order = order.to(self.device) if self.source == "device" else order
         rows = [order[i * self.batch_size:(i + 1) * self.batch_size] for i in range(start, len(self))]
         if self.source == "file":
             yield from self._read_ahead(rows)
         else:
             for row in rows:
-                yield {m: data[row.to(data.device)].to(self.device).float() for m, data in self.resident.items()}
+                clips = {m: data[row] for m, data in self.resident.items()}
+                clips = clips if self.source == "device" else {m: pinned(c, self.device) for m, c in clips.items()}
+                yield {m: c.to(self.device, non_blocking=True).float() for m, c in clips.items()}
 
     def _read_ahead(self, rows: list, depth: int = 4) -> Iterator[dict]:
         ready, stop = queue.Queue(depth), threading.Event()
@@ -266,7 +278,10 @@ class Batches:
         def reader():
             try:
                 for row in rows:
-                    put({m: self.features.read(m, self.index[row.numpy()]) for m in self.modalities})
+                    if stop.is_set():
+                        return
+                    clips = {m: self.features.read(m, self.index[row.numpy()]) for m in self.modalities}
+                    put({m: pinned(torch.from_numpy(c), self.device) for m, c in clips.items()})
             except BaseException as error:  # whatever ends the reader must end the loop that waits for it
                 put(error)
 
@@ -276,7 +291,7 @@ class Batches:
                 item = ready.get()
                 if isinstance(item, BaseException):
                     raise item
-                yield {m: to_tensor(array, self.device).float() for m, array in item.items()}
+                yield {m: c.to(self.device, non_blocking=True).float() for m, c in item.items()}
         finally:
             stop.set()
 
@@ -290,9 +305,9 @@ def compose(base: h5py.File, split: int, clips: int, seed: int) -> dict:
     """`clips` digit clips from the recordings, images and sentences of `split` alone: a pure function of its arguments.
 
     An event is a digit class over an interval. Three quarters of the clips have one; the others have two of different
-    classes: both digits are in the picture all the time, their sounds follow each other. The audio of a clip is shifted
-    against its video by -1, 0 or 1 segment. `label` is the class of the first event, and the sentence is about it.
-    Returns the datasets of the schema as arrays, `video` as a (N, T, 7, 7, 64) float16 map of 8x8-pixel patches.
+    classes: both digits are in the picture all the time, their sounds follow each other. The video of a clip is shifted
+    against its audio by -1, 0 or 1 segment, as far as the clip allows. `label` is the class of the first event, and the
+    sentence is about it. Returns the datasets of the schema as arrays, `video` (N, T, 7, 7, 64) in 8x8-pixel patches.
     """
     rng = np.random.default_rng([seed, split])
     n = np.arange(clips)
@@ -304,7 +319,7 @@ def compose(base: h5py.File, split: int, clips: int, seed: int) -> dict:
     length = np.where(two[:, None], rng.integers(3, 6, (clips, 2)), np.stack([rng.integers(4, 9, clips), 0 * n], 1))
     start = rng.integers(0, T - length.sum(1) + 1)
     cut = start[:, None] + np.concatenate([0 * n[:, None], length.cumsum(1)], 1)  # (N, 3)
-    shift = rng.integers(-1, 2, clips)
+    shift = np.clip(rng.integers(-1, 2, clips), -start, T - cut[:, 2])
     t = np.arange(T)
     heard = (t[:, None] >= cut[:, None, :2]) & (t[:, None] < cut[:, None, 1:])  # (N, T, 2)
     visible = ((t >= (start + shift)[:, None]) & (t < (cut[:, 2] + shift)[:, None]))[..., None]

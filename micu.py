@@ -10,7 +10,7 @@ Then the encoders and the codebook are frozen, and a probe trained on one modali
 
     python micu.py --cujp-splits 8 --mask-ratio 0.3        # embedded digits: composes, trains, probes, prints the table
     python micu.py --data vggsound40k.h5 --probe-data ave.h5
-    diff uni_code.py micu.py                               # what the method is; README.md lists paper against release
+    python micu.py --help                                  # every flag; README.md lists paper against release
 
 Shapes: B clips of a batch, T segments, D code width, K codes, M modalities, N = B * T, O jigsaw parts, P permutations.
 """
@@ -36,8 +36,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import probes
-from data import (Batches, Features, InputError, data_files, explain_input_errors, git_commit, pick_device, require_shape,
-                  write)
+from data import (Batches, Features, InputError, data_files, explain_input_errors, first_line, git_commit, pick_device,
+                  require_shape, write)
 
 METHOD = "micu"
 
@@ -111,8 +111,9 @@ class SpatialPool(nn.Module):
     def __init__(self, width: int, hidden: int, kind: str, sharpness: float):
         super().__init__()
         self.kind, self.sharpness = kind, sharpness
-        self.gate = nn.Sequential(nn.Linear(width, width // 8, bias=False), nn.ReLU(),
-                                  nn.Linear(width // 8, width, bias=False), nn.Sigmoid())
+        squeezed = max(1, width // 8)
+        self.gate = nn.Sequential(nn.Linear(width, squeezed, bias=False), nn.ReLU(),
+                                  nn.Linear(squeezed, width, bias=False), nn.Sigmoid())
         self.mean_proj, self.cell_proj = nn.Linear(width, hidden), nn.Linear(width, hidden)
         self.score = nn.Linear(hidden, 1)
 
@@ -332,11 +333,11 @@ def fcmi_loss(z: dict, mask, temperature: float, similarity: str = "dot"):
 
     z {m: (B, T, D)}; mask (B, 1, D) or (B, T, 1), one for all or {m: mask} -> (fine, coarse), each ().
     Raises ValueError if the modalities differ in shape or a mask does not broadcast to them."""
-    masks = mask if isinstance(mask, dict) else {m: mask for m in z}
-    shape = next(iter(z.values())).shape
+    masks, shape = mask if isinstance(mask, dict) else {m: mask for m in z}, next(iter(z.values())).shape
     for m in z:
         require_shape("z", z[m], (-1, -1, -1) if len(shape) != 3 else shape)
-        require_shape("mask", masks[m], tuple(have if have == 1 else full for have, full in zip(masks[m].shape, shape)))
+        fitting = zip(reversed(masks[m].shape), reversed(shape))
+        require_shape("mask", masks[m], tuple(have if have == 1 else full for have, full in fitting)[::-1])
     query = torch.stack([masks[m] * z[m] for m in z])[:, None]  # (M, 1, B, T, D)
     whole = torch.stack(list(z.values()))[None]  # (1, M, B, T, D)
     query, whole = torch.broadcast_tensors(query, whole)  # (M, M, B, T, D)
@@ -443,46 +444,47 @@ def paper_settings(pretraining_epochs: int) -> dict:
     return {task: {**s, "epochs": max(1, s["epochs"] - pretraining_epochs)} for task, s in PAPER.items()}
 
 
-def settle(args: Args, features: Features, probe_features: Features, defaults: dict) -> list:
-    """Check the arguments against the data, resolve those left at None by `defaults`; returns the modalities."""
-    held = " ".join(features.modalities)
-    for absent in set(args.modalities) - set(features.modalities):
-        raise InputError(f"--modalities {absent}: the data holds {held}")
-    modalities = [m for m in features.modalities if m in args.modalities] if args.modalities else features.modalities
-    if len(modalities) < 2:
-        raise InputError(f"--modalities {' '.join(modalities)}: at least two are needed; the data holds {held}")
-    for m in set(modalities) & set(probe_features.modalities):
-        if probe_features.shape[m] != features.shape[m]:
-            raise InputError(f"--probe-data: {m} has shape {probe_features.shape[m]}, in training {features.shape[m]}")
-    for m in modalities:
-        if len(features.shape[m]) == 4 and min(features.shape[m][1:3]) < 5:
-            raise InputError(f"{m}: maps of {features.shape[m][1:3]} cells, at least 5 x 5 are needed")
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("codebook_size", "code_dim", "batch_size", "learning_rate", "log_every", "recon_width"):
-        if getattr(args, name) <= 0:
+def check_args(args: Args) -> None:
+    """Raise InputError on arguments that no data could make usable."""
+    for name in ("codebook_size", "code_dim", "batch_size", "learning_rate", "log_every", "recon_width", "epochs"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    for name in ("epochs", "reset_after", "eval_every"):
-        if getattr(args, name) < 0:
+    for name in ("reset_after", "eval_every", "seed"):
+        if (getattr(args, name) or 0) < 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
     if args.code_dim % 4:
         raise InputError(f"--code-dim {args.code_dim}: must be divisible by 4, the attention heads")
     if not 0 <= args.ema_decay < 1:
         raise InputError(f"--ema-decay {args.ema_decay}: must be in [0, 1)")
-    return modalities
 
 
 def check_method(args: Args) -> None:
     """Raise InputError on method arguments that cannot be used."""
     if not 0 <= args.mask_ratio < 1:
         raise InputError(f"--mask-ratio {args.mask_ratio}: must be in [0, 1)")
-    if args.temperature <= 0:
+    if not args.temperature > 0:
         raise InputError(f"--temperature {args.temperature}: must be above 0")
     if args.cujp_splits < 1 or args.code_dim % args.cujp_splits:
         raise InputError(f"--cujp-splits {args.cujp_splits}: must divide --code-dim {args.code_dim}")
-    if args.cujp_permutations < 1 or args.cujp_samples < 0:
+    if args.cujp_permutations < 1 or (args.cujp_samples or 0) < 0:
         raise InputError("--cujp-permutations must be above 0, --cujp-samples must not be negative")
+
+
+def settle(args: Args, features: Features, defaults: dict) -> dict:
+    """Resolve the arguments left at None by `defaults`; returns {modality: shape}, checked against the data."""
+    held = " ".join(features.modalities)
+    for absent in set(args.modalities) - set(features.modalities):
+        raise InputError(f"--modalities {absent}: the data holds {held}")
+    modalities = [m for m in features.modalities if m in args.modalities] if args.modalities else features.modalities
+    if len(modalities) < 2:
+        raise InputError(f"--modalities {' '.join(modalities)}: at least two are needed; the data holds {held}")
+    for m in modalities:
+        if len(features.shape[m]) == 4 and min(features.shape[m][1:3]) < 5:
+            raise InputError(f"{m}: maps of {features.shape[m][1:3]} cells, at least 5 x 5 are needed")
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return {m: features.shape[m] for m in modalities}
 
 
 def resume_settings(args: Args):
@@ -494,22 +496,25 @@ def resume_settings(args: Args):
         raise InputError(f"--resume {args.resume}: this run is complete, see its results.json")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        method, saved, default = state["method"], Args(**state["args"]) if state["method"] == METHOD else None, Args()
     except Exception as error:  # whatever is wrong with the file, the user needs one line
-        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})")
-    if state["method"] != METHOD:
-        raise InputError(f"{path}: a checkpoint of {state['method']}, this is {METHOD}.py")
-    saved, default = Args(**state["args"]), Args()
+        raise InputError(f"{path}: not a checkpoint of {METHOD}.py ({first_line(error)})")
+    if method != METHOD:
+        raise InputError(f"{path}: a checkpoint of {method}, this is {METHOD}.py")
     for name, given in asdict(args).items():
-        if name in ("resume", "stop_after_steps", "device", "runs_dir", "features_on", "compile"):
-            setattr(saved, name, given)
-        elif given not in (getattr(default, name), getattr(saved, name)):
+        if given == getattr(default, name) or given == getattr(saved, name):
+            continue
+        if name not in ("resume", "stop_after_steps", "device", "runs_dir", "features_on", "compile"):
             raise InputError(f"--{name.replace('_', '-')} {given}: the run was started with {getattr(saved, name)}; "
                              "a resumed run keeps its settings")
+        setattr(saved, name, given)
+    saved.stop_after_steps = args.stop_after_steps
     return saved, state
 
 
 def make_run_folder(args: Args, name: str) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 1000 % 1_000_000:06d}"
+    name = "".join(c if c.isalnum() or c in "-." else "-" for c in name)
     run = Path(args.resume or f"{args.runs_dir}/{METHOD}__{name}__{args.seed}__{stamp}")
     try:
         run.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -535,6 +540,8 @@ if __name__ == "__main__":
     if args.resume:
         args, state = resume_settings(args)
     clock = time.perf_counter()
+    check_args(args)
+    check_method(args)
 
     # ---- seed, device, precision
     random.seed(args.seed)
@@ -547,19 +554,19 @@ if __name__ == "__main__":
 
     # ---- data
     features = Features(data_files(args.data, args.runs_dir))
-    probe_features = Features(args.probe_data) if args.probe_data else features
+    probe_features = Features(data_files(args.probe_data, args.runs_dir)) if args.probe_data else features
     small = len(features.clips("train")) < 10_000
-    modalities = settle(args, features, probe_features, {
+    shape = settle(args, features, {
         "epochs": 5, "reset_after": 10 if small else 300, "recon_width": 1 if small else 2,
         "cujp_samples": 8 if small else 0})  # METHOD
-    check_method(args)
+    modalities = list(shape)
+    probes.check_request(probe_features, shape, args.known_classes)
     batches = Batches(features, modalities, "train", args.batch_size, device, args.seed, args.features_on)
-    probes.check_request(probe_features, modalities, args.known_classes)
-    steps = args.epochs * len(batches)
+    steps, origin = args.epochs * len(batches), {"data_sha256": features.sha256(), "git": git_commit()}
     seconds = {"data": time.perf_counter() - clock}
 
     # ---- model and optimizer
-    model = Model({m: features.shape[m] for m in modalities}, args).to(device)
+    model = Model(shape, args).to(device)
     modules = nn.ModuleDict({"model": model})
     if args.jigsaw != "none":  # METHOD
         parts = args.cujp_splits * (1 if args.jigsaw == "cujp" else len(modalities))  # METHOD
@@ -567,32 +574,37 @@ if __name__ == "__main__":
         modules["jigsaw"] = puzzle(args.code_dim, args.cujp_splits, min(math.factorial(parts), args.cujp_permutations),
                                    len(modalities), args.seed, args.cujp_samples).to(device)  # METHOD
     optimizer = torch.optim.Adam(modules.parameters(), lr=args.learning_rate, fused=True)
-    weights = {"recon": args.lambda_recon, "commitment": args.lambda_commit, "fcmi_fine": args.lambda_fine,
-               "fcmi_coarse": args.lambda_coarse, "cujp": args.lambda_cujp}  # METHOD
+    loss_weights = {"recon": args.lambda_recon, "commitment": args.lambda_commit, "fcmi_fine": args.lambda_fine,
+                    "fcmi_coarse": args.lambda_coarse, "cujp": args.lambda_cujp}  # METHOD
     owners = {"modules": modules, "optimizer": optimizer}  # of state, for the checkpoint
     if args.compile:
         for module in (*model.semantic.values(), *model.specific.values(), *model.decoder.values()):
             module.compile()
+    torch.manual_seed(args.seed)  # dropout draws the same whatever the method built
 
     # ---- run folder, resume
     step = 0
     if state:
+        if state["data_sha256"] != origin["data_sha256"]:
+            raise InputError(f"--resume {args.resume}: the data changed since this run was started")
         try:
             for name, owner in owners.items():
                 owner.load_state_dict(state[name])
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"{args.resume}/checkpoint.pt does not fit: {str(error).splitlines()[-1].strip()}")
-        step, seconds = state["step"], seconds | state["seconds"]
-        torch.set_rng_state(state["rng"]["cpu"])
-        if device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
-        for name, stream in streams.items():
-            stream.set_state(state["rng"][name])
+            step, seconds = state["step"], seconds | state["seconds"]
+            torch.set_rng_state(state["rng"]["cpu"])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+            for name, stream in streams.items():
+                stream.set_state(state["rng"][name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError(f"{args.resume}/checkpoint.pt does not fit these settings or this kind of device: "
+                             f"{str(error).splitlines()[-1].strip()}")
     run = make_run_folder(args, features.name)
     write(run / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=1)))
     log_file = run / "metrics.jsonl"
     lines = log_file.read_text().splitlines() if log_file.exists() else []
-    log_file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write(log_file, lambda path: path.write_text("".join(line + "\n" for line in lines)))
     writer = SummaryWriter(str(run), purge_step=step + 1 if state else None)
 
     def log(tags: dict, step: int) -> None:
@@ -606,19 +618,24 @@ if __name__ == "__main__":
         if device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(device)
         write(run / "checkpoint.pt", lambda path: torch.save(
-            {"method": METHOD, "args": asdict(args), "shape": {m: features.shape[m] for m in modalities}, "step": step,
-             "rng": rng, "seconds": seconds, **{name: owner.state_dict() for name, owner in owners.items()}}, path))
+            {"method": METHOD, "args": asdict(args), "shape": shape, "step": step, "rng": rng, "seconds": seconds,
+             **origin, **{name: owner.state_dict() for name, owner in owners.items()}}, path))
 
     def evaluate(step: int):
-        tags, counts = probes.evaluate(model, encode, probe_features, modalities, args.codebook_size, device,
-                                       args.protocol, args.known_classes, paper_settings(step // len(batches)))
+        tags, selections = probes.evaluate(model, encode, probe_features, modalities, args.codebook_size, device,
+                                           args.protocol, args.known_classes, paper_settings(step // len(batches)))
         log(tags, step)
-        return tags, counts
+        return tags, selections
 
-    interrupts = []
+    def on_signal(number, frame):
+        if interrupts or step == steps:
+            print(f"stopped at once, the last checkpoint stays; continue with: {again}")
+            sys.exit(128 + number)
+        interrupts.append(number)
+
+    interrupts, again = [], f"python {METHOD}.py --resume {run}"
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: interrupts.append(number))
-    again = f"python {METHOD}.py --resume {run}"
+        signal.signal(number, on_signal)
 
     # ---- training
     bar = tqdm(total=steps, initial=step, desc=METHOD, disable=not sys.stdout.isatty(), dynamic_ncols=True)
@@ -644,7 +661,7 @@ if __name__ == "__main__":
                 with autocast():  # METHOD
                     losses["cujp"] = modules["jigsaw"](quantized, streams["puzzle"])  # METHOD
             vectors = z if args.mm_ema == "none" else time_aligned(z)  # METHOD
-            loss = sum(weights[name] * value for name, value in losses.items())
+            loss = sum(loss_weights[name] * value for name, value in losses.items())
 
             optimizer.zero_grad()
             loss.backward()
@@ -655,18 +672,20 @@ if __name__ == "__main__":
             step += 1
             bar.update()
 
-            if step % args.log_every == 0 or step % len(batches) == 0:
+            stop, epoch_end = interrupts or step == args.stop_after_steps, step % len(batches) == 0
+            logs = step % args.log_every == 0 or epoch_end
+            if (logs or stop) and not (loss + grad_norm).isfinite():
+                values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+                raise InputError(f"not finite at step {step}: loss {loss.item():.3g}, gradient {grad_norm.item():.3g}, "
+                                 f"{values}; last good checkpoint: {run}/checkpoint.pt"
+                                 f"{'' if (run / 'checkpoint.pt').exists() else ' (none yet)'}; try a smaller "
+                                 "--learning-rate, and python data.py check on the data")
+            if logs:
                 tags = {f"losses/{name}": value for name, value in losses.items()} | {"losses/total": loss}
                 tags |= codebook_health(model.quantizer, code_index) | {"charts/grad_norm": grad_norm}
                 tags = dict(zip(tags, torch.stack([v.detach().float() for v in tags.values()]).tolist()))
-                if not math.isfinite(tags["losses/total"] + tags["charts/grad_norm"]):
-                    good = "the last good checkpoint is " + str(run / "checkpoint.pt")
-                    raise InputError(f"the loss is not finite at step {step}: "
-                                     + ", ".join(f"{k} {v:.3g}" for k, v in tags.items() if k.startswith("losses/"))
-                                     + f"; {good if (run / 'checkpoint.pt').exists() else 'no checkpoint yet'}; "
-                                     "try a smaller --learning-rate")
-                tags["charts/epoch"] = step / len(batches)
                 elapsed = time.perf_counter() - last_clock
+                tags["charts/epoch"] = step / len(batches)
                 tags["charts/clips_per_second"] = args.batch_size * (step - last_step) / elapsed
                 log(tags, step)
                 used = "/".join(f"{tags[f'codebook/used_{m}']:.0f}" for m in modalities)
@@ -675,31 +694,28 @@ if __name__ == "__main__":
                 model.quantizer.usage.zero_()
                 model.quantizer.resets.zero_()
                 last_clock, last_step = time.perf_counter(), step
-            if interrupts or step == args.stop_after_steps or step % len(batches) == 0:
+            if stop or epoch_end:
                 seconds["train"] = time.perf_counter() - clock
                 save_checkpoint(step)
-            if interrupts or step == args.stop_after_steps:
+            if args.eval_every and step % (args.eval_every * len(batches)) == 0 and step < steps:
+                evaluate(step)
+            if stop:
                 print(f"stopped after step {step} of {steps}, checkpoint saved; continue with: {again}")
                 sys.exit(128 + interrupts[0] if interrupts else 0)
-        if args.eval_every and step % (args.eval_every * len(batches)) == 0 and step < steps:
-            evaluate(step)
     bar.close()
 
     # ---- final probes, results
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(f"stopped while probing, training is saved; continue with: {again}"))
     clock = time.perf_counter()
-    tags, counts = evaluate(step)
+    tags, selections = evaluate(step)
     seconds["probe"] = time.perf_counter() - clock
-    probes.show_codebook(writer, model.quantizer.codebook, counts, modalities, step)
+    probes.show_codebook(writer, model.quantizer.codebook, selections, step)
     writer.close()
     on_gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     results = {
-        "method": METHOD, "data": features.name, "data_sha256": features.sha256(), "seed": args.seed,
-        "args": asdict(args), "torch": torch.__version__, "git": git_commit(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "method": METHOD, "data": features.name, **origin, "seed": args.seed, "args": asdict(args),
+        "torch": torch.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "seconds": seconds, "steps": step, "peak_memory_mb": peak, "metrics": tags}
     write(run / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     print(probes.table(tags))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 import tyro
@@ -25,10 +26,11 @@ ROWS = {  # method: {row: (flags, seeds)}
         "no coarse": ("--lambda-coarse 0", 3),
         "no fine": ("--lambda-fine 0", 3),
         "no jigsaw": ("--jigsaw none", 3),
-        "MMJP": ("--jigsaw mmjp", 3),
+        "MMJP, 24 parts": ("--jigsaw mmjp", 3),
         "paper's similarity": ("--similarity dot --temperature 1.0", 3),
         "2 splits": ("--cujp-splits 2", 1),
         "4 splits": ("--cujp-splits 4", 1),
+        "MMJP, 6 parts": ("--jigsaw mmjp --cujp-splits 2", 1),
         "time mask": ("--mask-axis time", 1),
         "different masks": ("--mask-sharing different", 1),
         "256 codes": ("--codebook-size 256", 1),
@@ -62,16 +64,17 @@ def run(command: str, runs_dir: Path, threads: int) -> dict:
 
 def main(method: tyro.conf.Positional[Literal["micu"]], jobs: int = 1, threads: int = 0, runs_dir: str = "runs"):
     out, runs_dir = ROOT / "benchmarks" / f"{method}.json", (ROOT / runs_dir).resolve()
-    rows = json.loads(out.read_text()) if out.exists() else {}
+    rows, lock = json.loads(out.read_text()) if out.exists() else {}, Lock()
 
     def one(name: str, seed: int) -> None:
         flags = ROWS[method][name][0]
-        row = rows.setdefault(name, {"command": f"python {method}.py {flags} --seed S".replace("  ", " "), "seeds": {}})
+        row = rows.setdefault(name, {"command": f"python {method}.py {flags} --protocol clean --seed S", "seeds": {}})
         if str(seed) not in row["seeds"]:
-            result = run(f"python {method}.py {flags} --seed {seed}", runs_dir, threads)
-            keep = ("git", "torch", "seconds", "peak_memory_mb", "metrics")
+            result = run(f"python {method}.py {flags} --seed {seed}", runs_dir, threads) | {"threads": threads or None}
+            keep = ("git", "data_sha256", "torch", "threads", "seconds", "peak_memory_mb", "metrics")
             row["seeds"][str(seed)] = {key: result[key] for key in keep}
-            out.write_text(json.dumps({n: rows[n] for n in ROWS[method] if n in rows}, indent=1) + "\n")
+            with lock:
+                out.write_text(json.dumps({n: rows[n] for n in ROWS[method] if n in rows}, indent=1) + "\n")
             print(f"{name}, seed {seed}: {result['seconds']['train']:.0f} s", file=sys.stderr, flush=True)
 
     wanted = [(name, seed) for name, (_, seeds) in ROWS[method].items() for seed in range(1, seeds + 1)]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import pytest
@@ -26,6 +27,21 @@ def small(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("features") / "small.h5"
     data.write_digits(str(path), sizes=(160, 60, 80))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """32 / 24 / 24 digit clips, for runs of many short steps."""
+    path = tmp_path_factory.mktemp("features") / "tiny.h5"
+    data.write_digits(str(path), sizes=(32, 24, 24))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def default_run(small, tmp_path_factory) -> SimpleNamespace:
+    """One epoch, four steps, of all modalities with both protocols."""
+    return finished_run(tmp_path_factory.mktemp("default_run"), small, ("audio", "video", "text"), "--code-dim 64",
+                        ("clean", "paper"), (5,))
 
 
 def command(*args) -> tuple:
@@ -54,6 +70,16 @@ def run_here(*args) -> int:
         sys.argv, sys.excepthook = saved[:2]
         for number, handler in zip(numbers, saved[2]):
             signal.signal(number, handler)
+
+
+def finished_run(cwd, data: str, modalities: tuple, options: str, protocols: tuple, known: tuple) -> SimpleNamespace:
+    """A run by subprocess in the folder `cwd`, as a user makes it, with what it left and printed."""
+    done = run_script("micu.py", "--data", data, "--modalities", *modalities, "--protocol", *protocols, *options.split(),
+                      *"--epochs 1 --batch-size 40 --codebook-size 64 --cujp-samples 2".split(), cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    run = run_folder(cwd)
+    return SimpleNamespace(modalities=modalities, protocols=protocols, known=known, cwd=cwd, done=done, run=run,
+                           results=read_results(run), metrics=read_metrics(run))
 
 
 def run_folder(cwd) -> Path:
