@@ -102,44 +102,64 @@ class FeatureFile:
     def _fail(self, dataset: str, found, expected):
         raise InputError(f"{self.path}: dataset '{dataset}' has {found}, expected {expected}")
 
+    def _require(self, name: str, kinds: dict, shape: tuple):
+        """Dataset `name`, checked: its dtype's kind is one of `kinds` {kind: words}; None in `shape` is any length."""
+        if not isinstance(self.h5.get(name), h5py.Dataset):
+            raise InputError(f"{self.path}: dataset '{name}' is {'a group' if name in self.h5 else 'missing'}")
+        data = self.h5[name]
+        if data.dtype.kind not in kinds:
+            self._fail(name, f"dtype {data.dtype}", " or ".join(dict.fromkeys(kinds.values())))
+        if data.ndim != len(shape) or any(want not in (None, have) for have, want in zip(data.shape, shape)):
+            letters = dict(zip("NThw", shape)) if name == "mask" else dict(zip("NTC", shape))
+            wanted = ", ".join(k if v is None else str(v) for k, v in letters.items())
+            self._fail(name, f"shape {data.shape}", f"({wanted}{',' * (len(shape) == 1)})")
+        return data
+
     def _validate(self):
+        numbers, flags, words = {"i": "integers", "u": "integers"}, {"b": "0 and 1", "u": "0 and 1", "i": "0 and 1"}, \
+            {"O": "str", "S": "str"}
         if not self.modalities:
             raise InputError(f"{self.path}: no modality inside, expected datasets such as 'audio' or 'video'")
-        for name in ("split", "id"):
-            if name not in self.h5:
-                raise InputError(f"{self.path}: dataset '{name}' is missing")
-        self.clips = len(self.h5["split"])
-        self.segments = self.h5[self.modalities[0]].shape[1] if self.h5[self.modalities[0]].ndim > 1 else 0
+        self.split = self._require("split", numbers, (None,))[:]
+        self.clips = len(self.split)
+        self._require("id", words, (self.clips,))
+        shape = getattr(self.h5[self.modalities[0]], "shape", ())
+        self.segments = shape[1] if len(shape) > 1 else 0
         for name in self.modalities:
-            data = self.h5[name]
-            if data.ndim not in (3, 5) or 0 in data.shape:
-                self._fail(name, f"shape {data.shape}", "(N, T, d) or (N, T, H, W, d)")
-            if data.shape[:2] != (self.clips, self.segments):
-                self._fail(name, f"N, T = {data.shape[:2]}", f"{(self.clips, self.segments)} as elsewhere in the file")
-            if data.dtype not in (np.float16, np.float32, np.float64):
-                self._fail(name, f"dtype {data.dtype}", "float16, float32 or float64")
-            sample = np.unique(np.linspace(0, self.clips - 1, 16).astype(int))
-            if not all(np.isfinite(data[i]).all() for i in sample):
-                self._fail(name, "NaN or infinity", "finite values (python data.py check FILE says where)")
-        self.split = self.h5["split"][:]
+            self._validate_modality(name)
         if not np.isin(self.split, (0, 1, 2)).all():
             self._fail("split", f"values {np.unique(self.split)[:6].tolist()}", "0 train, 1 val, 2 test")
-        self.classes = [c.decode() for c in self.h5["classes"][:]] if "classes" in self.h5 else []
-        self.label = self.h5["label"][:].astype(np.int64) if "label" in self.h5 else np.full(self.clips, -1)
+        classes = self._require("classes", words, (None,))[:] if "classes" in self.h5 else []
+        self.classes = [name.decode() for name in classes]
+        self.label = np.full(self.clips, -1)
+        if "label" in self.h5:
+            self.label = self._require("label", numbers, (self.clips,))[:].astype(np.int64)
         if (self.label >= 0).any() and not self.classes:
             raise InputError(f"{self.path}: dataset 'classes' is missing, the names of the labels")
-        if self.label.min() < -1 or self.label.max() >= len(self.classes):
+        if len(self.label) and (self.label.min() < -1 or self.label.max() >= len(self.classes)):
             self._fail("label", f"values {self.label.min()}..{self.label.max()}", f"-1..{len(self.classes) - 1}, C - 1")
-        self._validate_optional()
+        if "group" in self.h5:
+            self._require("group", numbers, (self.clips,))
+        if "mask" in self.h5:
+            self._require("mask", numbers, (self.clips, self.segments, None, None))
+        if isinstance(self.h5.get("events"), h5py.Dataset):
+            raise InputError(f"{self.path}: 'events' is a dataset, expected a group with one dataset per modality")
+        for name in self.h5.get("events", {}):
+            self._require(f"events/{name}", flags, (self.clips, self.segments, len(self.classes)))
 
-    def _validate_optional(self):
-        per_clip = {name: self.h5[name] for name in ("id", "label", "mask", "group") if name in self.h5}
-        for name, data in per_clip.items():
-            if len(data) != self.clips:
-                self._fail(name, f"{len(data)} rows", f"{self.clips}")
-        for name, data in self.h5.get("events", {}).items():
-            if data.shape != (self.clips, self.segments, len(self.classes)):
-                self._fail(f"events/{name}", f"shape {data.shape}", f"{(self.clips, self.segments, len(self.classes))}")
+    def _validate_modality(self, name: str):
+        if not isinstance(self.h5[name], h5py.Dataset):
+            raise InputError(f"{self.path}: '{name}' is a group, expected a dataset")
+        data = self.h5[name]
+        if data.ndim not in (3, 5) or 0 in data.shape[1:]:
+            self._fail(name, f"shape {data.shape}", "(N, T, d) or (N, T, H, W, d)")
+        if data.shape[:2] != (self.clips, self.segments):
+            self._fail(name, f"N, T = {data.shape[:2]}", f"{(self.clips, self.segments)} as elsewhere in the file")
+        if data.dtype.kind != "f" or data.dtype.itemsize > 8:
+            self._fail(name, f"dtype {data.dtype}", "float16, float32 or float64")
+        sample = np.unique(np.linspace(0, self.clips - 1, min(16, self.clips)).astype(int))
+        if not np.isfinite(self.read(name, sample)).all():
+            self._fail(name, "NaN or infinity", "finite values (python data.py check FILE says where)")
 
     def read(self, name: str, index: np.ndarray) -> np.ndarray:
         """Clips `index` of a dataset in their stored dtype. A contiguous dataset is read clip by clip with pread, which
@@ -195,13 +215,12 @@ class Features:
 
     def single_event(self, index: np.ndarray) -> np.ndarray:
         """Those of the clips `index` that hold events of at most one class, over all modalities; all without events."""
-        events = self.files[0].h5.get("events", {})
-        if not len(events):
-            return index
-        happens = np.zeros((len(index), len(self.classes)), bool)
-        for name in events:
-            happens |= self.read(f"events/{name}", index).any(1)  # (N, T, C) -> (N, C)
-        return index[happens.sum(1) <= 1]
+        owner, happens = np.searchsorted(self.starts, index, side="right") - 1, np.zeros(len(index), int)
+        for f, file in enumerate(self.files):
+            mine = owner == f
+            events = [file.read(f"events/{name}", index[mine] - self.starts[f]) for name in file.h5.get("events", {})]
+            happens[mine] = np.any([e.any(1) for e in events], 0).sum(-1) if events else 1  # (N, T, C) -> (N,)
+        return index[happens <= 1]
 
     def sha256(self) -> str:
         """Of the file as `sha256sum` has it, or of the files one after the other."""
@@ -435,8 +454,15 @@ def check(file: tyro.conf.Positional[str]) -> None:
     print(f"{file}: {FORMAT} {VERSION}, name {features.name}, {len(features)} clips, {len(features.classes)} classes")
     for name in features.modalities:
         for clip in tqdm(range(len(features)), name, leave=False, disable=not sys.stderr.isatty()):
-            if not np.isfinite(h5[name][clip]).all():
+            if not np.isfinite(features.read(name, np.array([clip]))).all():
                 raise InputError(f"{file}: dataset '{name}' has NaN or infinity in clip {clip}, expected finite values")
+    limits = {f"events/{name}": 1 for name in h5.get("events", {})}
+    limits |= {"mask": len(features.classes)} if "mask" in h5 else {}
+    for name in limits:
+        for clip in range(len(features)):
+            values = h5[name][clip]
+            if values.min() < 0 or values.max() > limits[name]:
+                raise InputError(f"{file}: dataset '{name}' holds {values.max()} in clip {clip}, not 0..{limits[name]}")
     names = []
     h5.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
     for name in names:

@@ -496,20 +496,19 @@ def resume_settings(args: Args):
         raise InputError(f"--resume {args.resume}: this run is complete, see its results.json")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        method, saved, default = state["method"], Args(**state["args"]) if state["method"] == METHOD else None, Args()
+        method, saved = state["method"], Args(**state["args"]) if state["method"] == METHOD else None
     except Exception as error:  # whatever is wrong with the file, the user needs one line
         raise InputError(f"{path}: not a checkpoint of {METHOD}.py ({first_line(error)})")
     if method != METHOD:
         raise InputError(f"{path}: a checkpoint of {method}, this is {METHOD}.py")
-    for name, given in asdict(args).items():
-        if given == getattr(default, name) or given == getattr(saved, name):
-            continue
-        if name not in ("resume", "stop_after_steps", "device", "runs_dir", "features_on", "compile"):
-            raise InputError(f"--{name.replace('_', '-')} {given}: the run was started with {getattr(saved, name)}; "
+    given = tyro.cli(Args, default=saved)  # the command line again, over the saved settings
+    for name, value in asdict(given).items():
+        free = name in ("resume", "stop_after_steps", "device", "runs_dir", "features_on", "compile")
+        if value != getattr(saved, name) and not free:
+            raise InputError(f"--{name.replace('_', '-')} {value}: the run was started with {getattr(saved, name)}; "
                              "a resumed run keeps its settings")
-        setattr(saved, name, given)
-    saved.stop_after_steps = args.stop_after_steps
-    return saved, state
+    given.stop_after_steps = args.stop_after_steps
+    return given, state
 
 
 def make_run_folder(args: Args, name: str) -> Path:

@@ -45,7 +45,7 @@ def default_run(small, tmp_path_factory) -> SimpleNamespace:
 
 
 def command(*args) -> tuple:
-    """(argv, keyword arguments of subprocess) for `python script …` with one thread; `args[0]` is a file of the root."""
+    """(argv, keyword arguments of subprocess) for `python script …` with one thread; `args[0]` lies in the root."""
     return [sys.executable, str(ROOT / args[0]), *map(str, args[1:])], {"env": os.environ | {"OMP_NUM_THREADS": "1"}}
 
 
@@ -74,8 +74,9 @@ def run_here(*args) -> int:
 
 def finished_run(cwd, data: str, modalities: tuple, options: str, protocols: tuple, known: tuple) -> SimpleNamespace:
     """A run by subprocess in the folder `cwd`, as a user makes it, with what it left and printed."""
-    done = run_script("micu.py", "--data", data, "--modalities", *modalities, "--protocol", *protocols, *options.split(),
-                      *"--epochs 1 --batch-size 40 --codebook-size 64 --cujp-samples 2".split(), cwd=cwd)
+    options += " --epochs 1 --batch-size 40 --codebook-size 64 --cujp-samples 2"
+    done = run_script("micu.py", "--data", data, "--modalities", *modalities, "--protocol", *protocols,
+                      *options.split(), cwd=cwd)
     assert done.returncode == 0, done.stderr
     run = run_folder(cwd)
     return SimpleNamespace(modalities=modalities, protocols=protocols, known=known, cwd=cwd, done=done, run=run,

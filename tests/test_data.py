@@ -1,7 +1,6 @@
 """data.py: the schema and its errors, the composition of digit clips, and batches from device, memory and file."""
 import gc
 import os
-import shutil
 import threading
 import time
 
@@ -99,7 +98,7 @@ def audio(**values):
     ({"mask": np.zeros((N, T + 1, 2, 2), "u1")}, "mask", f"{T + 1}", f"{T}"),
     ({"events": np.zeros((N, T, 4), "u1")}, "events", "", ""),
     ({"classes": np.arange(4)}, "classes", "int64", "str"),
-    ({"split": 0}, "split", "()", f"(N,)"),
+    ({"split": 0}, "split", "()", "(N,)"),
     ({"split": np.full(N, 3, "u1")}, "split", "3", "0 train, 1 val, 2 test"),
     ({"events__audio": np.zeros((N, T, 3), "u1")}, "events/audio", f"({N}, {T}, 3)", f"({N}, {T}, 4)"),
     ({"events__audio": np.zeros((N, T), "u1")}, "events/audio", f"({N}, {T})", f"({N}, {T}, 4)"),
@@ -353,7 +352,7 @@ def test_one_digit_walks_and_three_cells_of_clutter_stand_still(composed):
 
 @pytest.fixture(scope="module")
 def words(base):
-    """All recordings as a segment can hold them: (3000, 16, 130), 16 ways to cut up to 15 % off the start and the end."""
+    """All recordings as a segment can hold them, with 16 cuts of up to 15 % off start and end: (3000, 16, 130)"""
     frames, length = base["audio/frames"][:], base["audio/length"][:]
     train = np.repeat(base["audio/split"][:] == 0, length)
     frames = (frames - frames[train].mean(0)) / frames[train].std(0)

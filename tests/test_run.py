@@ -1,8 +1,10 @@
-"""micu.py as a whole: runs and what they leave, resume to the bit, bad input, probes that touch nothing, flags that act.
+"""micu.py as a whole: what runs leave, resume to the bit, bad input, probes that touch nothing, flags that act.
 
 Runs in this process where the process itself is not the point: a run of a few steps then takes half a second.
 """
 import copy
+import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -112,14 +114,14 @@ def expected_tags(modalities, protocols, known) -> set:
     return {f"eval/{tag}" for tag in tags}
 
 
-def test_results(smoke):
+def test_results(smoke, small):
     results = smoke.results
-    assert set(results) == {"method", "data", "data_sha256", "seed", "args", "torch", "device", "git", "seconds", "steps",
-                            "peak_memory_mb", "metrics"}
+    assert set(results) == {"method", "data", "data_sha256", "seed", "args", "torch", "device", "git", "seconds",
+                            "steps", "peak_memory_mb", "metrics"}
     assert (results["method"], results["data"], results["seed"], results["steps"]) == ("micu", "digits", 1, 4)
     assert set(results["seconds"]) == {"data", "train", "probe"} and all(v > 0 for v in results["seconds"].values())
     assert results["torch"] == torch.__version__ and 50 < results["peak_memory_mb"] < 4000
-    assert len(results["data_sha256"]) == 64 and results["git"]
+    assert results["data_sha256"] == hashlib.sha256(Path(small).read_bytes()).hexdigest() and results["git"]
     metrics = results["metrics"]
     assert set(metrics) == expected_tags(smoke.modalities, smoke.protocols, smoke.known)
     for tag, value in metrics.items():
@@ -128,8 +130,8 @@ def test_results(smoke):
 
 
 def test_settings_are_resolved_and_recorded(smoke):
-    args = micu.json.loads((smoke.run / "args.json").read_text())
-    assert args == smoke.results["args"] == micu.json.loads(micu.json.dumps(load(smoke.run)["args"]))
+    args = json.loads((smoke.run / "args.json").read_text())
+    assert args == smoke.results["args"] == json.loads(json.dumps(load(smoke.run)["args"]))
     assert set(args) == set(micu.Args.__dataclass_fields__)
     unresolved = {name for name, value in args.items() if value is None}
     assert unresolved == {"resume", "stop_after_steps"} and args["cujp_samples"] == 2 and args["reset_after"] > 0
@@ -165,7 +167,8 @@ def test_log_and_tensorboard(smoke):
     parts = {part for label in labels for part in label.split("+")}
     assert len(labels) == 64 and parts <= {"unused", *smoke.modalities} and len(parts) > 1
     metrics = smoke.results["metrics"]
-    shared = [sum(label.count("+") == i and label != "unused" for label in labels) for i in range(len(smoke.modalities))]
+    shared = [sum(label.count("+") == i and label != "unused" for label in labels)
+              for i in range(len(smoke.modalities))]
     for i, count in enumerate(shared):  # the labels and the figures speak of the same counts
         assert metrics[f"eval/codebook/shared_{i + 1}"] == pytest.approx(count / sum(shared))
 
@@ -175,7 +178,8 @@ def test_run_folder(smoke):
     assert names == {"args.json", "metrics.jsonl", "checkpoint.pt", "results.json", "projector_config.pbtxt"}
     assert smoke.run.name.startswith("micu__digits__1__")
     state = load(smoke.run)
-    assert set(state) == {"method", "args", "shape", "step", "modules", "optimizer", "rng", "seconds"}
+    assert set(state) == {"method", "args", "shape", "step", "modules", "optimizer", "rng", "seconds", "git",
+                          "data_sha256"}
     assert (state["method"], state["step"]) == ("micu", 4) and list(state["shape"]) == list(smoke.modalities)
     permutations = state["modules"]["jigsaw.permutations"]
     assert permutations.shape == (256, 8) and len(permutations.unique(dim=0)) == 256
@@ -249,6 +253,11 @@ def test_two_runs_of_one_seed_are_equal(here, straight):
     assert_same_run(here(*LONG), straight)
 
 
+def test_dropout_is_on_while_training(straight):
+    untouched = torch.Generator().manual_seed(1).get_state()
+    assert not torch.equal(straight[0]["rng"]["cpu"], untouched)
+
+
 def test_another_seed_is_another_run(here, straight):
     run = here(*LONG, "--seed", 2, "--stop-after-steps", 8)
     assert run.name.startswith("micu__digits__2__")
@@ -289,7 +298,8 @@ def test_signals_leave_a_checkpoint_that_resumes_to_the_same_bits(here, straight
         patch.setattr(Batches, "epoch", interrupted)
         run = here(*LONG)
     assert here.code == code and load(run)["step"] == 6 and not (run / "results.json").exists()
-    assert "stopped after step 6 of 8" in here.out and f"python micu.py --resume {run.relative_to(here.cwd)}" in here.out
+    assert "stopped after step 6 of 8" in here.out
+    assert f"python micu.py --resume {run.relative_to(here.cwd)}" in here.out
     assert_same_run(here("--resume", str(run.relative_to(here.cwd))), straight)
 
 
@@ -305,7 +315,8 @@ def test_a_signal_while_probing_loses_nothing(here, straight, monkeypatch):
 def test_ctrl_c_and_the_command_it_prints(tiny, tmp_path):
     """In a process of its own: the message, the exit code, and the printed command work."""
     argv, keywords = command("micu.py", "--data", tiny, *AUDIO_TEXT, *"--epochs 500 --log-every 1".split())
-    process = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(argv, cwd=tmp_path, **pipes, **keywords)
     try:
         deadline = time.monotonic() + 120
         while not any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")):
@@ -463,17 +474,20 @@ def test_resume_notices_a_setting_that_equals_the_default(here, interrupted):
 
 @pytest.mark.parametrize("spoil, needles", [
     (lambda path: path.unlink(), ["--resume", "no checkpoint.pt"]),
-    (lambda path: path.write_bytes(path.read_bytes()[:5000]), ["checkpoint.pt", "not a readable checkpoint"]),
-    (lambda path: path.write_bytes(b"nonsense"), ["checkpoint.pt", "not a readable checkpoint"]),
-    (lambda path: path.write_bytes(b""), ["checkpoint.pt", "not a readable checkpoint"]),
+    (lambda path: path.write_bytes(path.read_bytes()[:5000]), ["checkpoint.pt", "not a checkpoint of micu.py"]),
+    (lambda path: path.write_bytes(b"nonsense"), ["checkpoint.pt", "not a checkpoint of micu.py"]),
+    (lambda path: path.write_bytes(b""), ["checkpoint.pt", "not a checkpoint of micu.py"]),
     (lambda path: torch.save({"weights": torch.zeros(2)}, path), ["checkpoint.pt"]),
     (lambda path: torch.save(torch.zeros(2), path), ["checkpoint.pt"]),
     (lambda path: torch.save(torch.load(path) | {"method": "uni_code"}, path), ["uni_code", "micu"]),
     (lambda path: torch.save({**torch.load(path), "args": {"a_flag_of_the_future": 1}}, path), ["checkpoint.pt"]),
+    (lambda path: torch.save(torch.load(path) | {"modules": {}}, path), ["checkpoint.pt does not fit"]),
+    (lambda path: torch.save(torch.load(path) | {"modules": {name: torch.cat([value, value]) if value.ndim else value
+     for name, value in torch.load(path)["modules"].items()}}, path), ["checkpoint.pt does not fit", "size mismatch"]),
     (lambda path: (path.parent / "results.json").write_text("{}"), ["complete", "results.json"]),
-    (lambda path: torch.save(Path, path), ["checkpoint.pt", "not a readable checkpoint"]),  # would run code
-], ids=["missing", "truncated", "nonsense", "empty", "other dict", "tensor", "other method", "other flags", "complete",
-        "pickle"])
+    (lambda path: torch.save(Path, path), ["checkpoint.pt", "not a checkpoint of micu.py"]),  # would run code
+], ids=["missing", "truncated", "nonsense", "empty", "other dict", "tensor", "other method", "other flags",
+        "no weights", "other shapes", "complete", "pickle"])
 def test_checkpoints_that_cannot_be_resumed(here, interrupted, spoil, needles):
     spoil(interrupted / "checkpoint.pt")
     message = here.error("--resume", str(interrupted))
@@ -487,10 +501,11 @@ def change_data(name: str, change) -> None:
     os.replace(edit("data.h5", "new.h5", **{name: values}), "data.h5")
 
 
-def test_resume_on_data_of_other_shapes(here, interrupted):
-    change_data("audio", lambda audio: audio[..., :100])
-    message = here.error("--resume", str(interrupted))
-    assert "checkpoint.pt does not fit" in message
+@pytest.mark.parametrize("change", [lambda audio: audio[..., :100], lambda audio: audio + np.float16(1)],
+                         ids=["other shapes", "other values"])
+def test_resume_on_other_data(here, interrupted, change):
+    change_data("audio", change)
+    assert "data changed" in here.error("--resume", str(interrupted))
 
 
 def test_probes_on_data_of_other_shapes(here, interrupted):
@@ -514,7 +529,7 @@ def finite(run: Path) -> bool:
 
 def test_a_loss_that_is_nan_stops_the_run(here):
     message = here.error(*AUDIO_TEXT, "--learning-rate", "1e30", "--log-every", 1)
-    assert "at step 2" in message and "losses/fcmi_fine" in message and "no checkpoint" in message
+    assert "at step 2" in message and "fcmi_fine nan" in message and "none yet" in message
     assert not (run_folder(here.cwd) / "checkpoint.pt").exists()
 
 
@@ -548,7 +563,7 @@ def test_huge_features_stop_the_run(here):
     with h5py.File(here.data) as h5:
         huge = h5["audio"][:].astype(np.float32) * 1e30
     message = here.error(*AUDIO_TEXT, data=edit(here.data, here.cwd / "huge.h5", audio=huge))
-    assert "not finite" in message and "losses/recon" in message
+    assert "not finite at step" in message and "recon" in message
 
 
 # ----------------------------------------------------------------------------------------------- probes touch nothing
@@ -623,14 +638,14 @@ def test_an_untrained_model_is_near_chance(small):
 
 @pytest.fixture(scope="module")
 def oracle(small):
-    """`oracle(wrong)`: an `encode` whose codes tell the label, but another one for the test clips of the modality `wrong`;
+    """`oracle(wrong)`: an `encode` whose codes tell the label, a false one for test clips of the modality `wrong`;
     `probe(encode, **keywords)`: all its tags."""
     features = Features([small])
     wanted = {}
     for m in ("audio", "text"):
         clips = features.read(m, np.arange(len(features))).astype(np.float32)
         wanted |= {(m, clip.tobytes()): (c, s == 2) for clip, c, s in zip(clips, features.label, features.split)}
-    vectors = 5 * torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+    vectors = torch.randn(10, 1024, generator=torch.Generator().manual_seed(0))
 
     def make(wrong=None):
         def encode(model, x, modality):
@@ -682,8 +697,8 @@ def test_clean_probes_choose_nothing_by_test_labels(oracle, small, tmp_path, mon
 
 # ---------------------------------------------------------------------------------------------------- every flag acts
 
-STEPS = [*"--batch-size 8 --codebook-size 48 --code-dim 32 --cujp-samples 2 --reset-after 2 --epochs 2".split(),
-         *"--stop-after-steps 6 --log-every 1000".split()]
+STEPS = [*"--batch-size 6 --codebook-size 48 --code-dim 32 --cujp-samples 2 --reset-after 2 --epochs 2".split(),
+         *"--stop-after-steps 4 --log-every 1000".split()]
 FLAGS = ["--mask-ratio 0.5", "--mask-axis time", "--mask-sharing different", "--similarity dot", "--temperature 1.0",
          "--jigsaw mmjp", "--jigsaw none", "--cujp-splits 4", "--cujp-permutations 20", "--cujp-samples 3",
          "--cujp-samples 0", "--mm-ema time-aligned", "--lambda-fine 0", "--lambda-coarse 0", "--lambda-cujp 0",
@@ -706,7 +721,7 @@ def default(tiny, tmp_path_factory):
 @pytest.mark.parametrize("flag", FLAGS)
 def test_every_flag_changes_what_is_learned(here, default, flag):
     state = load(here(*STEPS, *flag.split()))
-    assert state["step"] == 6 and all(value.isfinite().all() for value in state["modules"].values())
+    assert state["step"] == 4 and all(value.isfinite().all() for value in state["modules"].values())
     codes, base = ({name: value for name, value in s["modules"].items() if name.startswith(DOWNSTREAM)}
                    for s in (state, default))
     assert differences(codes, base), "the flag changed nothing in the encoders or the codebook"
@@ -770,7 +785,7 @@ def test_gpu_runs_probes_and_resumes(here, options):
 
 @CUDA
 @pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")])
-def test_a_run_moves_between_devices(here, devices):
+def test_a_run_stays_on_its_kind_of_device(here, devices):
     run = here(*TINY, "--device", devices[0], "--stop-after-steps", 2)
-    here("--resume", str(run), "--device", devices[1], "--stop-after-steps", 4)
-    assert load(run)["step"] == 4 and finite(run)
+    assert "device" in here.error("--resume", str(run), "--device", devices[1])
+    assert run_here("probes.py", run, "--device", devices[1]) == 0  # but can be probed anywhere
