@@ -41,6 +41,8 @@ def first_line(error: BaseException) -> str:
 
 def explain_input_errors(kind, error, traceback):
     """A `sys.excepthook`: an InputError ends the program with one line on stderr and exit code 2, no traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.exit(130)
     if not issubclass(kind, InputError):
         return sys.__excepthook__(kind, error, traceback)
     print(f"error: {error}", file=sys.stderr)

@@ -430,7 +430,8 @@ class MMJP(CUJP):
 # ------------------------------------------------------------------------------------------------------------ encoding
 def encode(model: Model, features, modality: str):
     """What a probe reads: features (N, T, ...) -> quantized (N, T, D), code_index (N, T)"""
-    code_index = nearest_code(model.semantic[modality](features), model.quantizer.codebook)
+    z = model.semantic[modality].forward(features)  # not a call: --compile would compile every size a probe brings
+    code_index = nearest_code(z, model.quantizer.codebook)
     return F.embedding(code_index, model.quantizer.codebook), code_index
 
 
@@ -446,7 +447,8 @@ def paper_settings(pretraining_epochs: int) -> dict:
 
 def check_args(args: Args) -> None:
     """Raise InputError on arguments that no data could make usable."""
-    for name in ("codebook_size", "code_dim", "batch_size", "learning_rate", "log_every", "recon_width", "epochs"):
+    for name in ("codebook_size", "code_dim", "batch_size", "learning_rate", "log_every", "recon_width", "epochs",
+                 "stop_after_steps"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     for name in ("reset_after", "eval_every", "seed"):
@@ -578,7 +580,7 @@ if __name__ == "__main__":
     owners = {"modules": modules, "optimizer": optimizer}  # of state, for the checkpoint
     if args.compile:
         for module in (*model.semantic.values(), *model.specific.values(), *model.decoder.values()):
-            module.compile()
+            module.compile(dynamic=False)
     torch.manual_seed(args.seed)  # dropout draws the same whatever the method built
 
     # ---- run folder, resume
@@ -671,7 +673,7 @@ if __name__ == "__main__":
             step += 1
             bar.update()
 
-            stop, epoch_end = interrupts or step == args.stop_after_steps, step % len(batches) == 0
+            stop, epoch_end = interrupts or step >= (args.stop_after_steps or math.inf), step % len(batches) == 0
             logs = step % args.log_every == 0 or epoch_end
             if (logs or stop) and not (loss + grad_norm).isfinite():
                 values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())

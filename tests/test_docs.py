@@ -1,4 +1,4 @@
-"""The README tells the truth about commands, tags and texts shared between scripts; the help text explains every flag."""
+"""The README tells the truth about commands and tags, the help explains every flag, scripts share their texts."""
 import ast
 import re
 import shlex
@@ -77,7 +77,7 @@ def test_same_name_same_text_and_order():
 def test_a_script_imports_only_data_and_probes_of_this_project():
     local = {path.stem for path in ROOT.glob("*.py")}
     for script in SCRIPTS:
-        imported = {alias.name for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Import)
-                    for alias in node.names}
-        imported |= {node.module for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)}
+        nodes = list(ast.walk(ast.parse(script.read_text())))
+        imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         assert imported & local == {"data", "probes"}
