@@ -497,7 +497,7 @@ def resume_settings(args: Args):
     if (Path(args.resume) / "results.json").exists():
         raise InputError(f"--resume {args.resume}: this run is complete, see its results.json")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
         method, saved = state["method"], Args(**state["args"]) if state["method"] == METHOD else None
     except Exception as error:  # whatever is wrong with the file, the user needs one line
         raise InputError(f"{path}: not a checkpoint of {METHOD}.py ({first_line(error)})")

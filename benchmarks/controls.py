@@ -2,9 +2,12 @@
 
     python benchmarks/controls.py RUN [--seeds 3]
 
-`untrained`: fresh encoders, codebook started from their outputs. `shuffled`: the codes of RUN, but every clip carries
-the codes of another one. Writes benchmarks/controls.json.
+`untrained`: fresh encoders, codewords are single outputs of theirs. `shuffled`: the codes of RUN, but every clip
+carries the codes of another one. A third row is not a control: `paired start` is `untrained` with the default start,
+whose codewords are means over the modalities at one segment; pairs are information, and the row shows how much of it
+is there before the first step. Writes benchmarks/controls.json.
 """
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -29,15 +32,17 @@ def main(run: tyro.conf.Positional[str], seeds: int = 3) -> None:
         return codes[order], code_index[order]
 
     rows = {}
-    for seed in range(1, seeds + 1):
+    for seed, source in itertools.product(range(1, seeds + 1), ("batch", "paired")):
         torch.manual_seed(seed)
         model = micu.Model(shape, args).eval()
         batch = next(Batches(features, list(shape), "train", args.batch_size, "cpu", seed).epoch(0))
         with torch.no_grad():
             z = {m: model.semantic[m](x) for m, x in batch.items()}
-            model.quantizer.start(z, torch.Generator().manual_seed(seed))
-        rows[f"untrained, seed {seed}"] = probes.evaluate(model, micu.encode, features, list(shape), args.codebook_size,
-                                                          torch.device("cpu"), ("clean",), (), {})[0]
+            rows_drawn = model.quantizer.candidates(z, source, torch.Generator().manual_seed(seed))
+            model.quantizer.codebook.copy_(rows_drawn)
+        name = "untrained" if source == "batch" else "paired start"
+        rows[f"{name}, seed {seed}"] = probes.evaluate(model, micu.encode, features, list(shape), args.codebook_size,
+                                                       torch.device("cpu"), ("clean",), (), {})[0]
     model.load_state_dict({name.removeprefix("model."): value for name, value in state["modules"].items()
                            if name.startswith("model.")})
     rows["shuffled"] = probes.evaluate(model, shuffled, features, list(shape), args.codebook_size, torch.device("cpu"),
