@@ -550,15 +550,16 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    streams = {name: torch.Generator(device).manual_seed(args.seed * 1000 + i)  # so that a loss less leaves the other
-               for i, name in enumerate(("reset", "mask", "puzzle"))}  # draws as they were
+    # a stream of random numbers for each part, so that a loss less leaves the other draws as they were
+    streams = {name: torch.Generator(device).manual_seed(args.seed * 1000 + i)
+               for i, name in enumerate(("reset", "mask", "puzzle"))}  # METHOD
 
     # ---- data
     features = Features(data_files(args.data, args.runs_dir))
     probe_features = Features(data_files(args.probe_data, args.runs_dir)) if args.probe_data else features
     small = len(features.clips("train")) < 10_000
     shape = settle(args, features, {
-        "epochs": 5, "reset_after": 10 if small else 300, "recon_width": 1 if small else 2,
+        "epochs": 5, "reset_after": 10 if small else 300, "recon_width": 1 if small else 2,  # METHOD
         "cujp_samples": 8 if small else 0})  # METHOD
     modalities = list(shape)
     probes.check_request(probe_features, shape, args.known_classes)
@@ -571,12 +572,13 @@ if __name__ == "__main__":
     modules = nn.ModuleDict({"model": model})
     if args.jigsaw != "none":  # METHOD
         parts = args.cujp_splits * (1 if args.jigsaw == "cujp" else len(modalities))  # METHOD
+        permutations = min(math.factorial(parts), args.cujp_permutations)  # METHOD
         puzzle = {"cujp": CUJP, "mmjp": MMJP}[args.jigsaw]  # METHOD
-        modules["jigsaw"] = puzzle(args.code_dim, args.cujp_splits, min(math.factorial(parts), args.cujp_permutations),
-                                   len(modalities), args.seed, args.cujp_samples).to(device)  # METHOD
+        modules["jigsaw"] = puzzle(args.code_dim, args.cujp_splits, permutations, len(modalities),  # METHOD
+                                   args.seed, args.cujp_samples).to(device)  # METHOD
     optimizer = torch.optim.Adam(modules.parameters(), lr=args.learning_rate, fused=True)
-    loss_weights = {"recon": args.lambda_recon, "commitment": args.lambda_commit, "fcmi_fine": args.lambda_fine,
-                    "fcmi_coarse": args.lambda_coarse, "cujp": args.lambda_cujp}  # METHOD
+    loss_weights = {"recon": args.lambda_recon, "commitment": args.lambda_commit, "cujp": args.lambda_cujp,  # METHOD
+                    "fcmi_fine": args.lambda_fine, "fcmi_coarse": args.lambda_coarse}  # METHOD
     owners = {"modules": modules, "optimizer": optimizer}  # of state, for the checkpoint
     if args.compile:
         for module in (*model.semantic.values(), *model.specific.values(), *model.decoder.values()):
@@ -654,14 +656,13 @@ if __name__ == "__main__":
             with autocast():
                 specific = {m: model.specific[m](x) for m, x in batch.items()}
                 decoded = {m: model.decoder[m](quantized[m], specific[m]) for m in batch}
-            losses = {"recon": sum(F.mse_loss(decoded[m].float(), x) for m, x in batch.items()),
-                      "commitment": commitment_loss(z, code_index, model.quantizer.codebook)}
+            losses = {"recon": sum(F.mse_loss(decoded[m].float(), x) for m, x in batch.items())}
+            losses["commitment"] = commitment_loss(z, code_index, model.quantizer.codebook)  # METHOD
             mask = draw_masks(z, args, streams["mask"])  # METHOD
             losses["fcmi_fine"], losses["fcmi_coarse"] = fcmi_loss(z, mask, args.temperature, args.similarity)  # METHOD
             if args.jigsaw != "none":  # METHOD
                 with autocast():  # METHOD
                     losses["cujp"] = modules["jigsaw"](quantized, streams["puzzle"])  # METHOD
-            vectors = z if args.mm_ema == "none" else time_aligned(z)  # METHOD
             loss = sum(loss_weights[name] * value for name, value in losses.items())
 
             optimizer.zero_grad()
@@ -669,6 +670,7 @@ if __name__ == "__main__":
             grad_norm = nn.utils.clip_grad_norm_(modules.parameters(), 0.5)
             optimizer.step()
             with torch.no_grad():
+                vectors = z if args.mm_ema == "none" else time_aligned(z)  # METHOD
                 model.quantizer.update(z, code_index, vectors, streams["reset"])
             step += 1
             bar.update()

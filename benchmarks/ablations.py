@@ -20,6 +20,18 @@ from typing import Literal
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+UNI_CODE = {  # rows of Uni-Code's Tables 1 to 3: flags
+    "full method": "",
+    "no CLUB": "--no-club",
+    "no CPC": "--no-cpc",
+    "no CLUB, no CPC": "--no-club --no-cpc",
+    "no MM-EMA": "--mm-ema none",
+    "no reset": "--no-reset",
+    "no code matching": "--no-cmcm",
+    "no MM-EMA, no reset": "--mm-ema none --no-reset",
+    "Baseline": "--no-club --no-cpc --no-cmcm --mm-ema none --no-teacher --no-reset",
+    "CMCM": "--no-club --no-cpc --mm-ema none --no-teacher --no-reset",
+}
 ROWS = {  # method: {row: (flags, seeds)}
     "micu": {
         "full method": ("", 3),
@@ -45,11 +57,32 @@ ROWS = {  # method: {row: (flags, seeds)}
                             "--reset-source live --reset-after 300 --codebook-init uniform", 1),
         "64 codes": ("--codebook-size 64", 1),
     },
+    "uni_code": {
+        **{name: (flags, 1 if flags else 3) for name, flags in UNI_CODE.items()},
+        **{f"AV, {name}": (f"--modalities audio video {flags}", 1 if flags else 3) for name, flags in UNI_CODE.items()},
+        "released commitment": ("--commitment-cost 0.25 --commitment-warmup 0", 1),
+        "commitment summed over D": ("--commitment-cost 64 --commitment-warmup 0", 1),
+        "paper's CLUB weight": ("--lambda-club 1", 1),
+        "no teacher": ("--no-teacher", 1),
+        "no MM-EMA, no teacher": ("--mm-ema none --no-teacher", 1),
+        "time-aligned MM-EMA": ("--mm-ema time-aligned", 1),
+        "unused resets": ("--reset-rule unused", 1),
+        "resets to single outputs": ("--reset-source batch", 1),
+        "blunt attention": ("--pool-sharpness 1", 1),
+        "sum pooling": ("--spatial-pool sum", 1),
+        "released recipe": ("--commitment-cost 0.25 --commitment-warmup 0 --mm-ema time-aligned --spatial-pool sum "
+                            "--reset-rule unused --reset-source live --reset-after 300 --codebook-init uniform", 1),
+        "64 codes": ("--codebook-size 64", 1),
+        "3 CPC steps": ("--cpc-steps 3", 1),
+        "AT": ("--modalities audio text", 1),
+        "VT": ("--modalities video text", 1),
+    },
 }
 COLUMNS = ["classification/v2a/acc", "classification/a2v/acc", "classification/t2a/acc", "classification/t2v/acc",
+           "classification/a2t/acc", "classification/v2t/acc",
            "open_set_5/v2a/hos", "open_set_5/a2v/hos", "open_set_5/v2a/hos_oracle", "open_set_5/a2v/hos_oracle",
            "open_set_5/v2a/auroc", "open_set_5/a2v/auroc", "codebook/used_audio", "codebook/used_video",
-           "codebook/used_text", "codebook/agreement"]
+           "codebook/used_text", "codebook/agreement", "codebook/weighted_1"]
 
 
 def run(command: str, runs_dir: Path, threads: int) -> dict:
@@ -62,7 +95,7 @@ def run(command: str, runs_dir: Path, threads: int) -> dict:
     return json.loads((Path(done.stdout.splitlines()[-1].removeprefix("run folder: ")) / "results.json").read_text())
 
 
-def main(method: tyro.conf.Positional[Literal["micu"]], jobs: int = 1, threads: int = 0, runs_dir: str = "runs"):
+def main(method: tyro.conf.Positional[Literal[tuple(ROWS)]], jobs: int = 1, threads: int = 0, runs_dir: str = "runs"):
     out, runs_dir = ROOT / "benchmarks" / f"{method}.json", (ROOT / runs_dir).resolve()
     rows, lock = json.loads(out.read_text()) if out.exists() else {}, Lock()
 

@@ -19,6 +19,7 @@ import torch
 import data
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"uni_code": "", "micu": "--cujp-samples 2"}  # and what makes a tiny run of each one quick
 
 
 @pytest.fixture(scope="session")
@@ -38,10 +39,10 @@ def tiny(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def default_run(small, tmp_path_factory) -> SimpleNamespace:
-    """One epoch, four steps, of all modalities with both protocols."""
-    return finished_run(tmp_path_factory.mktemp("default_run"), small, ("audio", "video", "text"), "--code-dim 64",
-                        ("clean", "paper"), (5,))
+def default_runs(small, tmp_path_factory) -> dict:
+    """One epoch, four steps, of all modalities with both protocols, for each script."""
+    return {script: finished_run(script, tmp_path_factory.mktemp(script), small, ("audio", "video", "text"),
+                                 "--code-dim 64", ("clean", "paper"), (5,)) for script in SCRIPTS}
 
 
 def command(*args) -> tuple:
@@ -72,15 +73,15 @@ def run_here(*args) -> int:
             signal.signal(number, handler)
 
 
-def finished_run(cwd, data: str, modalities: tuple, options: str, protocols: tuple, known: tuple) -> SimpleNamespace:
+def finished_run(script: str, cwd, data: str, modalities: tuple, options: str, protocols: tuple, known: tuple):
     """A run by subprocess in the folder `cwd`, as a user makes it, with what it left and printed."""
-    options += " --epochs 1 --batch-size 40 --codebook-size 64 --cujp-samples 2"
-    done = run_script("micu.py", "--data", data, "--modalities", *modalities, "--protocol", *protocols,
+    options += f" --epochs 1 --batch-size 40 --codebook-size 64 {SCRIPTS[script]}"
+    done = run_script(f"{script}.py", "--data", data, "--modalities", *modalities, "--protocol", *protocols,
                       *options.split(), cwd=cwd)
     assert done.returncode == 0, done.stderr
     run = run_folder(cwd)
-    return SimpleNamespace(modalities=modalities, protocols=protocols, known=known, cwd=cwd, done=done, run=run,
-                           results=read_results(run), metrics=read_metrics(run))
+    return SimpleNamespace(script=script, modalities=modalities, protocols=protocols, known=known, cwd=cwd, done=done,
+                           run=run, results=read_results(run), metrics=read_metrics(run))
 
 
 def run_folder(cwd) -> Path:

@@ -1,5 +1,6 @@
 """The README tells the truth about commands and tags, the help explains every flag, scripts share their texts."""
 import ast
+import difflib
 import re
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = [path for path in (ROOT / f"{name}.py" for name in ("uni_code", "micu", "codaar")) if path.exists()]
-METHOD_SPECIFIC = {"Args", "METHOD", "PAPER"}
+METHOD_SPECIFIC = {"Args", "check_method"}
 
 
 def glossary() -> list:
@@ -22,8 +23,8 @@ def glossary() -> list:
     return [re.sub(r"<\w>", "[a-z0-9]+", tag) for tag in tags]
 
 
-def test_logged_tags_and_glossary_are_the_same(default_run):
-    logged = {tag for line in default_run.metrics for tag in line} - {"step"}
+def test_logged_tags_and_glossary_are_the_same(default_runs):
+    logged = {tag for run in default_runs.values() for line in run.metrics for tag in line} - {"step"}
     patterns = glossary()
     assert len(patterns) > 25
     undocumented = [tag for tag in logged if not any(re.fullmatch(p, tag) for p in patterns)]
@@ -72,6 +73,32 @@ def test_same_name_same_text_and_order():
             shared = [name for name in a if name in b]
             assert [a[name] for name in shared] == [b[name] for name in shared]
             assert shared == [name for name in b if name in a]
+
+
+def sections(path: Path) -> list:
+    """Names of the sections: the comment lines that end a rule, and those inside the main program."""
+    return re.findall(r"^(?:# -{20,} (.*)|    # ---- (.*))$", path.read_text(), re.M)
+
+
+def test_sections_come_in_one_order():
+    every = [sections(path) for path in SCRIPTS]
+    assert len(every[0]) >= 12 and all(names == every[0] for names in every)
+
+
+def without_method(path: Path) -> list:
+    """The main program without the lines marked as the method's own."""
+    main = path.read_text().split('if __name__ == "__main__":\n')[1]
+    return [line for line in main.splitlines() if not line.endswith("# METHOD")]
+
+
+def test_main_programs_differ_in_marked_lines_only():
+    assert all(without_method(path) == without_method(SCRIPTS[0]) for path in SCRIPTS)
+
+
+def test_most_lines_are_shared():
+    a, b = ((ROOT / f"{name}.py").read_text().splitlines() for name in ("micu", "uni_code"))
+    same = sum(block.size for block in difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks())
+    assert same >= 0.7 * max(len(a), len(b))
 
 
 def test_a_script_imports_only_data_and_probes_of_this_project():

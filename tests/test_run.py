@@ -1,4 +1,4 @@
-"""micu.py as a whole: what runs leave, resume to the bit, bad input, probes that touch nothing, flags that act.
+"""The scripts as a whole: what runs leave, resume to the bit, bad input, probes that touch nothing, flags that act.
 
 Runs in this process where the process itself is not the point: a run of a few steps then takes half a second.
 """
@@ -22,12 +22,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import micu
 import probes
-from conftest import command, edit, finished_run, read_metrics, read_results, run_folder, run_here, run_script
+import uni_code
+from conftest import SCRIPTS, command, edit, finished_run, read_metrics, read_results, run_folder, run_here, run_script
 from data import Batches, Features, InputError
 
-TINY = "--epochs 2 --batch-size 8 --codebook-size 64 --code-dim 64 --cujp-samples 2 --protocol clean".split()
+TINY = "--epochs 2 --batch-size 8 --codebook-size 64 --code-dim 64 --protocol clean".split()
 AUDIO_TEXT = [*TINY, "--modalities", "audio", "text"]  # 8 steps of the tiny file, as below
 LONG = [*TINY, "--modalities", "audio", "video", "--reset-after", "2"]
+EVERY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+MODULES = {"micu": micu, "uni_code": uni_code}
+STATE = {"micu": {"modules", "optimizer"}, "uni_code": {"modules", "optimizer", "club", "club_optimizer"}}
+LOSSES = {"micu": ("fcmi_fine", "fcmi_coarse", "cujp"), "uni_code": ("cpc", "cmcm", "club")}
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -51,21 +56,21 @@ def training_state(run: Path) -> dict:
     state = load(run)
     timing = ("charts/clips_per_second",)
     lines = [{tag: value for tag, value in line.items() if tag not in timing} for line in read_metrics(run)]
-    return {key: state[key] for key in ("modules", "optimizer", "rng", "step", "shape")} | {
+    return {key: state[key] for key in (*STATE[state["method"]], "rng", "step", "shape")} | {
         "losses": [line for line in lines if "losses/total" in line]}
 
 
 class Here:
-    """Runs of micu.py in this process: `here(*args)` -> run folder, with the last exit code and output."""
+    """Runs of a script in this process: `here(*args)` -> run folder, with the last exit code and output."""
 
-    def __init__(self, cwd, data, capture):
-        self.cwd, self.data, self.capture, self.code, self.out = cwd, data, capture, None, ""
+    def __init__(self, script, cwd, data, capture):
+        self.script, self.cwd, self.data, self.capture, self.code, self.out = script, cwd, data, capture, None, ""
 
     def __call__(self, *args, data=None) -> Path:
         before = set(self.cwd.glob("runs/*__*"))
         self.capture.readouterr()
-        source = () if "--resume" in args else ("--data", data or self.data)
-        self.code = run_here("micu.py", *source, *args)
+        source = () if "--resume" in args else ("--data", data or self.data, *SCRIPTS[self.script].split())
+        self.code = run_here(f"{self.script}.py", *source, *args)
         self.out = self.capture.readouterr().out
         resumed = [Path(folder) for option, folder in zip(args, args[1:]) if option == "--resume"]
         (run,) = resumed or set(self.cwd.glob("runs/*__*")) - before
@@ -81,22 +86,34 @@ class Here:
         return str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def script(request) -> str:
+    """The script under test: micu where nothing else is said, for most of the program is one text in all of them."""
+    return getattr(request, "param", "micu")
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch, tiny, capsys) -> Here:
+def here(script, tmp_path, monkeypatch, tiny, capsys) -> Here:
     monkeypatch.chdir(tmp_path)
-    return Here(tmp_path, tiny, capsys)
+    return Here(script, tmp_path, tiny, capsys)
 
 
 # --------------------------------------------------------------------------------------------------------------- smoke
 
-@pytest.fixture(scope="session", params=["all", "audio video", "audio text"])
-def smoke(request, small, tmp_path_factory, default_run):
-    """Finished runs by subprocess, one per set of modalities."""
-    if request.param == "all":
-        return default_run
-    settings = ("--log-every 1", ("clean",), (5,)) if "video" in request.param else \
+COMBINATIONS = [("micu", "audio video text"), ("micu", "audio video"), ("micu", "audio text"),
+                ("uni_code", "audio video text"), ("uni_code", "audio video"), ("uni_code", "audio text"),
+                ("uni_code", "video text")]
+
+
+@pytest.fixture(scope="session", params=COMBINATIONS, ids=": ".join)
+def smoke(request, small, tmp_path_factory, default_runs):
+    """Finished runs by subprocess, one per script and set of modalities."""
+    script, modalities = request.param[0], tuple(request.param[1].split())
+    if len(modalities) == 3:
+        return default_runs[script]
+    settings = ("--log-every 1", ("clean",), (5,)) if "video" in modalities else \
         ("--code-dim 64 --known-classes 3 8", ("paper",), (3, 8))
-    return finished_run(tmp_path_factory.mktemp("smoke"), small, tuple(request.param.split()), *settings)
+    return finished_run(script, tmp_path_factory.mktemp("smoke"), small, modalities, *settings)
 
 
 def expected_tags(modalities, protocols, known) -> set:
@@ -118,7 +135,7 @@ def test_results(smoke, small):
     results = smoke.results
     assert set(results) == {"method", "data", "data_sha256", "seed", "args", "torch", "device", "git", "seconds",
                             "steps", "peak_memory_mb", "metrics"}
-    assert (results["method"], results["data"], results["seed"], results["steps"]) == ("micu", "digits", 1, 4)
+    assert (results["method"], results["data"], results["seed"], results["steps"]) == (smoke.script, "digits", 1, 4)
     assert set(results["seconds"]) == {"data", "train", "probe"} and all(v > 0 for v in results["seconds"].values())
     assert results["torch"] == torch.__version__ and 50 < results["peak_memory_mb"] < 4000
     assert results["data_sha256"] == hashlib.sha256(Path(small).read_bytes()).hexdigest() and results["git"]
@@ -132,18 +149,20 @@ def test_results(smoke, small):
 def test_settings_are_resolved_and_recorded(smoke):
     args = json.loads((smoke.run / "args.json").read_text())
     assert args == smoke.results["args"] == json.loads(json.dumps(load(smoke.run)["args"]))
-    assert set(args) == set(micu.Args.__dataclass_fields__)
+    assert set(args) == set(MODULES[smoke.script].Args.__dataclass_fields__)
     unresolved = {name for name, value in args.items() if value is None}
-    assert unresolved == {"resume", "stop_after_steps"} and args["cujp_samples"] == 2 and args["reset_after"] > 0
+    assert unresolved == {"resume", "stop_after_steps"} and args["reset_after"] > 0
 
 
 def test_log_and_tensorboard(smoke):
     lines = smoke.metrics
     steps = [line["step"] for line in lines]
     assert steps == sorted(steps) and steps[-1] == 4
-    training = {f"losses/{name}" for name in ("recon", "commitment", "fcmi_fine", "fcmi_coarse", "cujp", "total")}
+    training = {f"losses/{name}" for name in ("recon", "commitment", *LOSSES[smoke.script], "total")}
     training |= {f"codebook/{name}_{m}" for name in ("used", "perplexity") for m in smoke.modalities}
     training |= {"codebook/agreement", "codebook/resets", "charts/grad_norm", "charts/epoch", "charts/clips_per_second"}
+    if smoke.script == "uni_code":
+        training |= {f"charts/cpc_first_{a[0]}2{b[0]}" for a in smoke.modalities for b in smoke.modalities if a != b}
     for line in lines[:-1]:
         assert set(line) == training | {"step"} and np.isfinite(list(line.values())).all()
     assert {tag: value for tag, value in lines[-1].items() if tag != "step"} == smoke.results["metrics"]
@@ -176,12 +195,15 @@ def test_log_and_tensorboard(smoke):
 def test_run_folder(smoke):
     names = {path.name for path in smoke.run.iterdir() if path.is_file() and not path.name.startswith("events.out")}
     assert names == {"args.json", "metrics.jsonl", "checkpoint.pt", "results.json", "projector_config.pbtxt"}
-    assert smoke.run.name.startswith("micu__digits__1__")
+    assert smoke.run.name.startswith(f"{smoke.script}__digits__1__")
     state = load(smoke.run)
-    assert set(state) == {"method", "args", "shape", "step", "modules", "optimizer", "rng", "seconds", "git",
-                          "data_sha256"}
-    assert (state["method"], state["step"]) == ("micu", 4) and list(state["shape"]) == list(smoke.modalities)
-    permutations = state["modules"]["jigsaw.permutations"]
+    assert set(state) == {"method", "args", "shape", "step", "rng", "seconds", "git", "data_sha256"} | STATE[
+        smoke.script]
+    assert (state["method"], state["step"]) == (smoke.script, 4) and list(state["shape"]) == list(smoke.modalities)
+
+
+def test_the_puzzles_are_in_the_checkpoint(default_runs):
+    permutations = load(default_runs["micu"].run)["modules"]["jigsaw.permutations"]
     assert permutations.shape == (256, 8) and len(permutations.unique(dim=0)) == 256
 
 
@@ -211,7 +233,9 @@ def test_printed_table(smoke):
         assert shown == (f"{value:.0f}" if plain else f"{100 * value:.1f}"), tag
 
 
-def test_probes_print_the_same_table_again(default_run):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_probes_print_the_same_table_again(default_runs, script):
+    default_run = default_runs[script]
     again = run_script("probes.py", default_run.run, cwd=default_run.cwd)
     assert again.returncode == 0, again.stderr
     assert rows(again.stdout) == rows(default_run.done.stdout.rstrip().rsplit("\n", 1)[0])
@@ -224,8 +248,10 @@ def test_progress_bar_in_a_terminal(here, monkeypatch, capsys):
     assert "4/8" in shown and all(word in shown for word in ("loss", "codes", "agree"))
 
 
+@EVERY_SCRIPT
 def test_training_teaches_what_no_modality_shows_alone(here, small):
-    run = here(*AUDIO_TEXT, "--epochs", 5, "--batch-size", 32, "--code-dim", 256, data=small)
+    options = {"micu": "--epochs 5", "uni_code": "--epochs 12 --commitment-cost 0.25"}[here.script]  # of five steps
+    run = here(*AUDIO_TEXT, *options.split(), "--batch-size", 32, "--code-dim", 256, data=small)
     metrics = read_results(run)["metrics"]
     ways = [metrics[f"eval/classification/{way}/acc"] for way in ("a2t", "t2a")]
     assert min(ways) > 0.4 and sum(ways) > 1, ways  # ten classes
@@ -234,12 +260,12 @@ def test_training_teaches_what_no_modality_shows_alone(here, small):
 # -------------------------------------------------------------------------------------------------- resume, determinism
 
 @pytest.fixture(scope="module")
-def straight(tiny, tmp_path_factory):
+def straight(script, tiny, tmp_path_factory):
     """An uninterrupted run, probed at its end only: (training state, metrics)."""
     cwd = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        assert run_here("micu.py", "--data", tiny, *LONG) == 0
+        assert run_here(f"{script}.py", "--data", tiny, *SCRIPTS[script].split(), *LONG) == 0
     return training_state(run_folder(cwd)), read_results(run_folder(cwd))["metrics"]
 
 
@@ -249,25 +275,30 @@ def assert_same_run(run, straight):
     assert read_results(run)["metrics"] == metrics
 
 
+@EVERY_SCRIPT
 def test_two_runs_of_one_seed_are_equal(here, straight):
     assert_same_run(here(*LONG), straight)
 
 
+@EVERY_SCRIPT
 def test_dropout_is_on_while_training(straight):
     untouched = torch.Generator().manual_seed(1).get_state()
     assert not torch.equal(straight[0]["rng"]["cpu"], untouched)
 
 
+@EVERY_SCRIPT
 def test_another_seed_is_another_run(here, straight):
     run = here(*LONG, "--seed", 2, "--stop-after-steps", 8)
-    assert run.name.startswith("micu__digits__2__")
+    assert run.name.startswith(f"{here.script}__digits__2__")
     differ = differences(training_state(run), straight[0])
     weights = {f"/modules/{name}" for name, value in straight[0]["modules"].items() if name.endswith("weight")
                and "norm" not in name}
-    assert weights | {"/modules/model.quantizer.codebook", "/modules/jigsaw.permutations"} <= set(differ)
+    weights |= {"/modules/jigsaw.permutations"} if here.script == "micu" else set()
+    assert weights | {"/modules/model.quantizer.codebook"} <= set(differ)
     assert {f"/rng/{name}" for name in straight[0]["rng"]} <= set(differ)
 
 
+@EVERY_SCRIPT
 def test_interrupted_three_times_and_resumed(here, straight):
     """In the middle of an epoch, at its end, and in the middle of the next one."""
     run = here(*LONG, "--stop-after-steps", 3)
@@ -335,6 +366,7 @@ def test_ctrl_c_and_the_command_it_prints(tiny, tmp_path):
     assert load(run_folder(tmp_path))["step"] == step + 1
 
 
+@EVERY_SCRIPT
 def test_probing_along_the_way_changes_nothing(here, straight):
     run = here(*LONG, "--eval-every", 1)
     assert_same_run(run, straight)
@@ -352,7 +384,8 @@ def test_an_interruption_at_the_end_of_an_epoch_skips_no_probe(here):
                                      "--log-every 1", "--runs-dir elsewhere/deep"])
 def test_flags_that_must_not_change_the_training(here, straight, options):
     if "runs-dir" in options:
-        run_here("micu.py", "--data", here.data, *LONG, *options.split(), "--stop-after-steps", 8)
+        always = ("--data", here.data, *SCRIPTS["micu"].split(), *LONG, "--stop-after-steps", 8)
+        run_here("micu.py", *always, *options.split())
         (run,) = here.cwd.glob("elsewhere/deep/*")
     else:
         run = here(*LONG, *options.split(), "--stop-after-steps", 8)
@@ -399,9 +432,19 @@ BAD = [
     ("--runs-dir file/below", ["--runs-dir file/below", "cannot be written"]),
     ("--resume absent", ["--resume absent", "checkpoint.pt"]),
 ]
+BAD_UNI_CODE = [
+    ("--cpc-steps 0", ["--cpc-steps 0"]),
+    ("--cpc-steps 10", ["--cpc-steps 10", "10 segments"]),
+    ("--club-steps 0", ["--club-steps 0"]),
+    ("--club-learning-rate nan", ["--club-learning-rate nan"]),
+    ("--commitment-cost -1", ["--commitment-cost -1"]),
+    ("--commitment-warmup 2", ["--commitment-warmup 2", "[0, 1]"]),
+    ("--no-reset --reset-after 5", ["--reset-after 5", "--no-reset"]),
+]
 
 
-@pytest.mark.parametrize("options, needles", BAD, ids=[options for options, _ in BAD])
+@pytest.mark.parametrize("script, options, needles", [("micu", *case) for case in BAD] +
+                         [("uni_code", *case) for case in BAD_UNI_CODE], indirect=["script"])
 def test_bad_arguments(here, options, needles):
     (here.cwd / "file").write_text("")
     message = here.error("--batch-size", 8, *options.split())
@@ -590,7 +633,7 @@ def trained(tiny, tmp_path_factory) -> Path:
     cwd = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        run_here("micu.py", "--data", tiny, *TINY, "--stop-after-steps", 1)
+        run_here("micu.py", "--data", tiny, *TINY, *SCRIPTS["micu"].split(), "--stop-after-steps", 1)
     return run_folder(cwd)
 
 
@@ -697,28 +740,35 @@ def test_clean_probes_choose_nothing_by_test_labels(oracle, small, tmp_path, mon
 
 # ---------------------------------------------------------------------------------------------------- every flag acts
 
-STEPS = [*"--batch-size 6 --codebook-size 48 --code-dim 32 --cujp-samples 2 --reset-after 2 --epochs 2".split(),
+STEPS = [*"--batch-size 6 --codebook-size 48 --code-dim 32 --reset-after 2 --epochs 2".split(),
          *"--stop-after-steps 4 --log-every 1000".split()]
-FLAGS = ["--mask-ratio 0.5", "--mask-axis time", "--mask-sharing different", "--similarity dot", "--temperature 1.0",
-         "--jigsaw mmjp", "--jigsaw none", "--cujp-splits 4", "--cujp-permutations 20", "--cujp-samples 3",
-         "--cujp-samples 0", "--mm-ema time-aligned", "--lambda-fine 0", "--lambda-coarse 0", "--lambda-cujp 0",
-         "--lambda-recon 0", "--lambda-commit 0", "--codebook-size 40", "--codebook-init uniform", "--reset-after 3",
-         "--reset-after 0", "--reset-rule unused", "--reset-source batch", "--reset-source live", "--spatial-pool sum",
-         "--recon-width 2", "--ema-decay 0.9", "--code-dim 64", "--learning-rate 1e-3", "--batch-size 7",
-         "--modalities audio video", "--precision bf16"]
+FLAGS = {
+    "shared": ["--codebook-size 40", "--codebook-init uniform", "--reset-after 3", "--reset-after 0",
+               "--reset-rule unused", "--reset-source batch", "--reset-source live", "--spatial-pool sum",
+               "--pool-sharpness 1", "--recon-width 2", "--ema-decay 0.9", "--code-dim 64", "--learning-rate 1e-3",
+               "--batch-size 7", "--modalities audio video", "--precision bf16"],
+    "micu": ["--mask-ratio 0.5", "--mask-axis time", "--mask-sharing different", "--similarity dot",
+             "--temperature 1.0", "--jigsaw mmjp", "--jigsaw none", "--cujp-splits 4", "--cujp-permutations 20",
+             "--cujp-samples 3", "--cujp-samples 0", "--mm-ema time-aligned", "--lambda-fine 0", "--lambda-coarse 0",
+             "--lambda-cujp 0", "--lambda-recon 0", "--lambda-commit 0"],
+    "uni_code": ["--no-club", "--lambda-club 1", "--club-steps 2", "--club-learning-rate 1e-2", "--no-cpc",
+                 "--cpc-steps 3", "--no-cmcm", "--mm-ema time-aligned", "--mm-ema none", "--commitment-cost 0.5",
+                 "--commitment-warmup 0", "--no-teacher"],
+}
 DOWNSTREAM = ("model.semantic", "model.quantizer.codebook")  # what a probe sees
 
 
 @pytest.fixture(scope="module")
-def default(tiny, tmp_path_factory):
+def default(script, tiny, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("default")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        run_here("micu.py", "--data", tiny, *STEPS)
+        run_here(f"{script}.py", "--data", tiny, *SCRIPTS[script].split(), *STEPS)
     return load(run_folder(cwd))
 
 
-@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("script, flag", [("micu", flag) for flag in FLAGS["shared"] + FLAGS["micu"]] +
+                         [("uni_code", flag) for flag in FLAGS["uni_code"]], indirect=["script"])
 def test_every_flag_changes_what_is_learned(here, default, flag):
     state = load(here(*STEPS, *flag.split()))
     assert state["step"] == 4 and all(value.isfinite().all() for value in state["modules"].values())
@@ -726,7 +776,50 @@ def test_every_flag_changes_what_is_learned(here, default, flag):
                    for s in (state, default))
     assert differences(codes, base), "the flag changed nothing in the encoders or the codebook"
     before, after = default["args"], state["args"]
-    assert [name for name in after if after[name] != before[name]] == [flag.split()[0][2:].replace("-", "_")]
+    name = flag.split()[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+    assert [key for key in after if after[key] != before[key]] == [name]
+
+
+CHANGES = {  # flag: the losses that it changes or leaves out at the first step
+    "--no-club": ["club"], "--no-cpc": ["cpc"], "--no-cmcm": ["cmcm"], "--no-teacher": ["commitment"],
+    "--commitment-cost 0.5": ["commitment"], "--commitment-warmup 0": ["commitment"], "--cpc-steps 2": ["cpc"],
+    "--club-steps 2": ["club"], "--club-learning-rate 0.01": ["club"],
+    "--mm-ema none": [], "--mm-ema time-aligned": [], "--no-reset": [],
+    "--no-club --no-cpc --no-cmcm --mm-ema none --no-reset --no-teacher": ["commitment", "cpc", "cmcm", "club"],
+    "--no-club --no-cpc --mm-ema none --no-reset --no-teacher": ["commitment", "cpc", "club"],
+}
+
+
+@pytest.fixture(scope="module")
+def first_losses(tiny, tmp_path_factory):
+    """`first_losses(options)` -> losses at the first step of uni_code.py, codebook after it"""
+    def run(options: str):
+        cwd = tmp_path_factory.mktemp("first")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(cwd)
+            run_here("uni_code.py", "--data", tiny, *TINY, "--stop-after-steps", 1, "--log-every", 1, *options.split())
+        (line,) = read_metrics(run_folder(cwd))
+        return {tag[7:]: value for tag, value in line.items() if tag.startswith("losses/") and tag != "losses/total"}, \
+            load(run_folder(cwd))["modules"]["model.quantizer.codebook"]
+
+    return run, *run("")
+
+
+@pytest.mark.parametrize("flag", CHANGES)
+def test_an_ablation_changes_exactly_the_losses_it_names(first_losses, flag):
+    run, default, codebook = first_losses
+    losses, moved = run(flag)
+    off = {name.split()[0] for name in flag.split("--no-")[1:]} & set(LOSSES["uni_code"])
+    assert set(losses) == set(default) - off
+    assert [name for name in default if losses.get(name) != default[name]] == CHANGES[flag]
+    assert torch.equal(moved, codebook) == ("--mm-ema" not in flag)  # the codebook follows the same vectors
+
+
+def test_no_reset_resets_nothing(here):
+    here.script = "uni_code"
+    run = here(*LONG[:-2], "--no-reset", "--log-every", 1, "--stop-after-steps", 8)
+    assert json.loads((run / "args.json").read_text())["reset_after"] == 0
+    assert all(line["codebook/resets"] == 0 for line in read_metrics(run))
 
 
 @pytest.mark.parametrize("weight", ["fine", "coarse", "cujp", "recon", "commit"])
@@ -753,6 +846,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@EVERY_SCRIPT
 def test_compile_traces_every_network(here, default, monkeypatch, fresh_compiler):
     """Traced, but run without generated code, which would take a minute to make."""
     compiled, original = [], torch.compile
