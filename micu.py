@@ -59,7 +59,7 @@ class Args:
     reset_after: Optional[int] = None
     seed: int = 1  # of weights, batches, masks and puzzles
     device: str = "auto"  # `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; distances, EMA and cross-entropies are fp32 always
+    precision: Literal["fp32", "bf16"] = "fp32"  # of encoders and decoders; distances, EMA and losses are fp32
     compile: bool = False  # compile the networks
     runs_dir: str = "runs"  # where run folders and the composed digits go
     resume: Optional[str] = None  # run folder to continue; its settings are taken over
@@ -173,7 +173,7 @@ class SpecificEncoder(nn.Module):
         self.width = 2 * r if self.is_map else 256
         self.net = nn.Sequential(nn.Conv2d(d, r, 3), nn.ReLU(), nn.Conv2d(r, 2 * r, 3), nn.ReLU(),
                                  nn.Conv2d(2 * r, 2 * r, 1), Residual(2 * r), nn.ReLU()) if self.is_map else \
-            nn.Sequential(nn.Linear(d, 256), nn.ReLU())
+            nn.Sequential(nn.Linear(d, self.width), nn.ReLU())
 
     def forward(self, x):
         return self.net(to_channels_first(x) if self.is_map else x)
@@ -460,7 +460,7 @@ def check_args(args: Args) -> None:
         raise InputError(f"--ema-decay {args.ema_decay}: must be in [0, 1)")
 
 
-def check_method(args: Args) -> None:
+def check_micu(args: Args) -> None:
     """Raise InputError on method arguments that cannot be used."""
     if not 0 <= args.mask_ratio < 1:
         raise InputError(f"--mask-ratio {args.mask_ratio}: must be in [0, 1)")
@@ -542,7 +542,7 @@ if __name__ == "__main__":
         args, state = resume_settings(args)
     clock = time.perf_counter()
     check_args(args)
-    check_method(args)
+    check_micu(args)  # METHOD
 
     # ---- seed, device, precision
     random.seed(args.seed)

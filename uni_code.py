@@ -2,9 +2,10 @@
 
 Each modality has two encoders, one for meaning and one for the rest, and CLUB removes what they share. Cross-CPC lets
 the past of one modality predict the next segment of another, code matching compares the codes that a clip uses, and
-MM-EMA mixes what other modalities say into the one codebook; their codes also teach, through the commitment:
+MM-EMA mixes what other modalities say into the one codebook; their codes also teach, through the commitment, whose
+beta rises over the run:
 
-    L = L_recon + L_commit + L_cpc + L_cmcm + L_MI                                                            (4.4)
+    L = L_recon + L_commit + L_cpc + L_cmcm + l_club L_MI                                                      (4.4)
 
 Then the encoders and the codebook are frozen, and a probe trained on one modality's codes is tested on another's.
 
@@ -12,7 +13,7 @@ Then the encoders and the codebook are frozen, and a probe trained on one modali
     python uni_code.py --data vggsound40k.h5 --probe-data ave.h5
     python uni_code.py --help                              # every flag; README.md lists paper against release
 
-Shapes: B clips of a batch, T segments, D code width, K codes, M modalities, N = B * T, d width of a specific vector.
+Shapes: B clips of a batch, T segments, D code width, K codes, M modalities, N = B * T, d any other width.
 """
 import itertools
 import json
@@ -59,7 +60,7 @@ class Args:
     reset_after: Optional[int] = None
     seed: int = 1  # of weights, batches and CPC's moments
     device: str = "auto"  # `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; distances, EMA and cross-entropies are fp32 always
+    precision: Literal["fp32", "bf16"] = "fp32"  # of encoders and decoders; distances, EMA and losses are fp32
     compile: bool = False  # compile the networks
     runs_dir: str = "runs"  # where run folders and the composed digits go
     resume: Optional[str] = None  # run folder to continue; its settings are taken over
@@ -171,7 +172,7 @@ class SpecificEncoder(nn.Module):
         self.width = 2 * r if self.is_map else 256
         self.net = nn.Sequential(nn.Conv2d(d, r, 3), nn.ReLU(), nn.Conv2d(r, 2 * r, 3), nn.ReLU(),
                                  nn.Conv2d(2 * r, 2 * r, 1), Residual(2 * r), nn.ReLU()) if self.is_map else \
-            nn.Sequential(nn.Linear(d, 256), nn.ReLU())
+            nn.Sequential(nn.Linear(d, self.width), nn.ReLU())
 
     def forward(self, x):
         return self.net(to_channels_first(x) if self.is_map else x)
@@ -324,7 +325,7 @@ def code_log_probability(z, codebook):
     """log p[i, k], p = mean over t of softmax over k of -||z[i, t] - e[k]||: z (B, T, D), codebook (K, D) -> (B, K)"""
     codebook = codebook.detach()
     # ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2 of vectors scaled to at most 1 per entry: squares cannot overflow
-    scale = torch.maximum(z.detach().abs().amax(), codebook.abs().amax()).clamp(min=1e-30)
+    scale = torch.maximum(z.detach().abs().amax(), codebook.abs().amax()).clamp(min=torch.finfo(z.dtype).tiny)
     z, codebook = z / scale, codebook / scale
     square = z.square().sum(-1, keepdim=True) - 2 * z @ codebook.T + codebook.square().sum(-1)  # (B, T, K)
     distance = scale * square.clamp(min=1e-10).sqrt()  # the root has no gradient at 0
@@ -426,15 +427,17 @@ def cross_attend(z, others: list):
     return sum(F.scaled_dot_product_attention(z, other, other) for other in others) / len(others)
 
 
-def cross_attended(z: dict) -> dict:
-    """MM-EMA, Eq. 7: (z_m + r_m) / 2, {m: (B, T, D)}"""
-    return {m: (v + cross_attend(v, [z[n] for n in z if n != m])) / 2 for m, v in z.items()}
-
-
 def time_aligned(z: dict) -> dict:
     """Released MM-EMA: (z_m + mean over the other modalities of z_n) / 2 at the same segment, {m: (B, T, D)}"""
     total = sum(z.values())
     return {m: (v + (total - v) / (len(z) - 1)) / 2 for m, v in z.items()}
+
+
+def ema_vectors(z: dict, mm_ema: str) -> dict:
+    """What moves the codes, {m: (B, T, D)}: (z_m + r_m) / 2, r_m by attention (Eq. 7) or time-aligned, or z_m alone"""
+    if mm_ema == "attention":
+        return {m: (v + cross_attend(v, [z[n] for n in z if n != m])) / 2 for m, v in z.items()}
+    return time_aligned(z) if mm_ema == "time-aligned" else z
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
@@ -470,13 +473,14 @@ def check_args(args: Args) -> None:
         raise InputError(f"--ema-decay {args.ema_decay}: must be in [0, 1)")
 
 
-def check_method(args: Args) -> None:
+def check_uni_code(args: Args) -> None:
     """Raise InputError on method arguments that cannot be used."""
     for name in ("club_steps", "club_learning_rate", "cpc_steps"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    if not args.commitment_cost >= 0:
-        raise InputError(f"--commitment-cost {args.commitment_cost}: must not be negative")
+    for name in ("lambda_club", "commitment_cost"):
+        if not getattr(args, name) >= 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
     if not 0 <= args.commitment_warmup <= 1:
         raise InputError(f"--commitment-warmup {args.commitment_warmup}: must be in [0, 1]")
     if args.reset_after and not args.reset:
@@ -553,7 +557,7 @@ if __name__ == "__main__":
         args, state = resume_settings(args)
     clock = time.perf_counter()
     check_args(args)
-    check_method(args)
+    check_uni_code(args)  # METHOD
 
     # ---- seed, device, precision
     random.seed(args.seed)
@@ -574,7 +578,7 @@ if __name__ == "__main__":
     modalities = list(shape)
     segments = shape[modalities[0]][0]  # METHOD
     if args.cpc and args.cpc_steps >= segments:  # METHOD
-        raise InputError(f"--cpc-steps {args.cpc_steps}: must be less than the {segments} segments of a clip")  # METHOD
+        raise InputError(f"--cpc-steps {args.cpc_steps}: needs more than the {segments} segments of a clip")  # METHOD
     probes.check_request(probe_features, shape, args.known_classes)
     batches = Batches(features, modalities, "train", args.batch_size, device, args.seed, args.features_on)
     steps, origin = args.epochs * len(batches), {"data_sha256": features.sha256(), "git": git_commit()}
@@ -689,8 +693,7 @@ if __name__ == "__main__":
             grad_norm = nn.utils.clip_grad_norm_(modules.parameters(), 0.5)
             optimizer.step()
             with torch.no_grad():
-                mix = {"attention": cross_attended, "time-aligned": time_aligned, "none": dict}[args.mm_ema]  # METHOD
-                vectors = mix(z)  # METHOD
+                vectors = ema_vectors(z, args.mm_ema)  # METHOD
                 model.quantizer.update(z, code_index, vectors, streams["reset"])
             step += 1
             bar.update()

@@ -65,6 +65,7 @@ ROWS = {  # method: {row: (flags, seeds)}
         "paper's CLUB weight": ("--lambda-club 1", 1),
         "no teacher": ("--no-teacher", 1),
         "no MM-EMA, no teacher": ("--mm-ema none --no-teacher", 1),
+        "AV, no MM-EMA, no teacher": ("--modalities audio video --mm-ema none --no-teacher", 1),
         "time-aligned MM-EMA": ("--mm-ema time-aligned", 1),
         "unused resets": ("--reset-rule unused", 1),
         "resets to single outputs": ("--reset-source batch", 1),
@@ -105,8 +106,8 @@ def main(method: tyro.conf.Positional[Literal[tuple(ROWS)]], jobs: int = 1, thre
         if str(seed) not in row["seeds"]:
             result = run(f"python {method}.py {flags} --seed {seed}", runs_dir, threads) | {"threads": threads or None}
             keep = ("git", "data_sha256", "torch", "threads", "seconds", "peak_memory_mb", "metrics")
-            row["seeds"][str(seed)] = {key: result[key] for key in keep}
             with lock:
+                row["seeds"][str(seed)] = {key: result[key] for key in keep}
                 out.write_text(json.dumps({n: rows[n] for n in ROWS[method] if n in rows}, indent=1) + "\n")
             print(f"{name}, seed {seed}: {result['seconds']['train']:.0f} s", file=sys.stderr, flush=True)
 

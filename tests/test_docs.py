@@ -2,6 +2,7 @@
 import ast
 import difflib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = [path for path in (ROOT / f"{name}.py" for name in ("uni_code", "micu", "codaar")) if path.exists()]
-METHOD_SPECIFIC = {"Args", "check_method"}
+METHOD_SPECIFIC = {"Args", "METHOD"}
 
 
 def glossary() -> list:
@@ -44,6 +45,12 @@ def test_commands_in_the_documents_parse(script):
         tyro.cli(module.Args, args=[word.replace("...", "x") for word in shlex.split(command)[2:]])
 
 
+def test_the_rows_of_the_benchmarks_parse():
+    rows = runpy.run_path(str(ROOT / "benchmarks" / "ablations.py"))["ROWS"]
+    for script, flags in ((script, flags) for script in rows for flags, _ in rows[script].values()):
+        tyro.cli(__import__(script).Args, args=shlex.split(flags))
+
+
 def test_the_two_commands_of_the_readme_are_there():
     for command in ("python micu.py --cujp-splits 8 --mask-ratio 0.3", "python -m pytest"):
         assert f"\npip install -r requirements.txt && {command}\n" in README
@@ -63,7 +70,27 @@ def test_every_flag_has_a_help_text(script):
 def definitions(path: Path) -> dict:
     source = path.read_text()
     return {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in METHOD_SPECIFIC}
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in METHOD_SPECIFIC} | {
+            node.targets[0].id: ast.get_source_segment(source, node) for node in ast.parse(source).body
+            if isinstance(node, ast.Assign) and node.targets[0].id not in METHOD_SPECIFIC}
+
+
+def fields(path: Path) -> dict:
+    """The fields of Args that scripts share, with their comments: the lines from one field's end to its own."""
+    source = path.read_text()
+    (args,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    ends = [args.lineno, *(node.end_lineno for node in args.body)]
+    return {node.target.id: source.splitlines()[start:node.end_lineno] for node, start in zip(args.body, ends)
+            if node.target.id not in ("epochs", "seed", "mm_ema")}  # other defaults, other draws, other choices
+
+
+def test_shared_flags_have_one_text_and_order():
+    every = [fields(path) for path in SCRIPTS]
+    for a in every:
+        for b in every:
+            shared = [name for name in a if name in b]
+            assert len(shared) > 20 and [a[name] for name in shared] == [b[name] for name in shared]
+            assert shared == [name for name in b if name in a]
 
 
 def test_same_name_same_text_and_order():

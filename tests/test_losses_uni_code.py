@@ -11,8 +11,8 @@ import torch
 from test_losses import (DEVICES, assert_close, assert_finite_with_gradient, assert_same_loss, assert_uniform,
                          features, minus_log_share, rand)
 
-from uni_code import (CLUB, CrossModalCPC, club_bound, cmcm_loss, cpc_loss, cross_attend, cross_attended,
-                      pool_specific, teacher_commitment_loss, time_aligned)
+from uni_code import (CLUB, CrossModalCPC, club_bound, cmcm_loss, cpc_loss, cross_attend, ema_vectors,
+                      pool_specific, teacher_commitment_loss)
 
 MODALITIES = ["audio", "video", "text", "flow"]
 SOME = pytest.mark.parametrize("names", [MODALITIES[:2], MODALITIES[:3], MODALITIES], ids=len)
@@ -253,7 +253,7 @@ def test_club_tells_dependent_from_independent_data():
     assert bounds[149] > 1 and abs(bounds[299]) < 0.2, bounds
 
 
-# ------------------------------------------------------------ pool_specific, cross_attend(ed), time_aligned, dtypes
+# ------------------------------------------------------------ pool_specific, cross_attend, ema_vectors, dtypes
 
 
 def test_pool_specific_averages_the_cells_in_order():
@@ -277,13 +277,15 @@ def slow_attend(z, others):
 @SOME
 def test_ema_vectors_equal_the_loops(names):
     z = {name: tensor.detach() for name, tensor in features(names, scale=1.5).items()}
-    copies, attended, aligned = {m: z[m].clone() for m in z}, cross_attended(z), time_aligned(z)
+    copies = {m: z[m].clone() for m in z}
+    attended, aligned = (ema_vectors(z, kind) for kind in ("attention", "time-aligned"))
     assert list(attended) == list(aligned) == list(z)
     for m in names:
         others = [z[n] for n in names if n != m]
         assert_close(cross_attend(z[m], others), slow_attend(z[m], others))
         assert_close(attended[m], (z[m] + slow_attend(z[m], others)) / 2)
         assert_close(aligned[m], (z[m] + mean(others)) / 2)
+    assert all(ema_vectors(z, "none")[m] is z[m] for m in z)
     assert all(torch.equal(z[m], copies[m]) for m in names)  # left alone
     assert torch.isfinite(cross_attend(z["audio"].float() * 1e4, [z["video"].float() * 1e4])).all()
 
@@ -299,7 +301,8 @@ def test_everything_keeps_dtype_and_device(device, dtype):
     for loss in (teacher_commitment_loss(z, index, codebook, 0.25), cmcm_loss(a, v, codebook, codebook),
                  cpc_loss(a[:, 0], v[:, 0]), cpc(z)[0], club_bound(a, v, t), club(a, v), club.fit_loss(a, v)):
         assert (loss.dtype, loss.device, loss.shape) == (dtype, a.device, ())
-    for same in (cross_attend(a, [v, t]), *cross_attended(z).values(), *time_aligned(z).values(),
+    mixed = [v for kind in ("attention", "time-aligned") for v in ema_vectors(z, kind).values()]
+    for same in (cross_attend(a, [v, t]), *mixed,
                  pool_specific(a.flatten(0, 1)[..., None, None].expand(12, 5, 2, 2), v)):
         assert (same.dtype, same.device, same.shape) == (dtype, a.device, a.shape)
 

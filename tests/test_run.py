@@ -163,8 +163,11 @@ def test_log_and_tensorboard(smoke):
     training |= {"codebook/agreement", "codebook/resets", "charts/grad_norm", "charts/epoch", "charts/clips_per_second"}
     if smoke.script == "uni_code":
         training |= {f"charts/cpc_first_{a[0]}2{b[0]}" for a in smoke.modalities for b in smoke.modalities if a != b}
+    weights = {"cujp": 2, "club": 0.01}
     for line in lines[:-1]:
         assert set(line) == training | {"step"} and np.isfinite(list(line.values())).all()
+        losses = {tag[7:]: value for tag, value in line.items() if tag.startswith("losses/")}
+        assert losses.pop("total") == pytest.approx(sum(weights.get(n, 1) * v for n, v in losses.items()), rel=1e-5)
     assert {tag: value for tag, value in lines[-1].items() if tag != "step"} == smoke.results["metrics"]
 
     board = EventAccumulator(str(smoke.run))
@@ -438,6 +441,7 @@ BAD_UNI_CODE = [
     ("--club-steps 0", ["--club-steps 0"]),
     ("--club-learning-rate nan", ["--club-learning-rate nan"]),
     ("--commitment-cost -1", ["--commitment-cost -1"]),
+    ("--lambda-club nan", ["--lambda-club nan"]),
     ("--commitment-warmup 2", ["--commitment-warmup 2", "[0, 1]"]),
     ("--no-reset --reset-after 5", ["--reset-after 5", "--no-reset"]),
 ]
@@ -815,11 +819,58 @@ def test_an_ablation_changes_exactly_the_losses_it_names(first_losses, flag):
     assert torch.equal(moved, codebook) == ("--mm-ema" not in flag)  # the codebook follows the same vectors
 
 
-def test_no_reset_resets_nothing(here):
-    here.script = "uni_code"
-    run = here(*LONG[:-2], "--no-reset", "--log-every", 1, "--stop-after-steps", 8)
-    assert json.loads((run / "args.json").read_text())["reset_after"] == 0
-    assert all(line["codebook/resets"] == 0 for line in read_metrics(run))
+@pytest.mark.parametrize("script", ["uni_code"], indirect=True)
+@pytest.mark.parametrize("flag", ["--reset", "--no-reset"])
+def test_no_reset_resets_nothing(here, flag):
+    run = here(*AUDIO_TEXT, "--epochs", 3, flag, "--stop-after-steps", 11)  # codes are reset after 10 steps
+    assert json.loads((run / "args.json").read_text())["reset_after"] == (10 if flag == "--reset" else 0)
+    assert (sum(line["codebook/resets"] for line in read_metrics(run)) > 0) == (flag == "--reset")
+
+
+REACH = {  # flag of uni_code.py: the parts whose gradient it changes at the first step
+    "--lambda-club 1": {"semantic", "specific"}, "--no-club": {"semantic", "specific"}, "--no-cpc": {"semantic", "cpc"},
+    "--no-cmcm": {"semantic"}, "--no-teacher": {"semantic"}, "--commitment-cost 1": {"semantic"},
+    "--mm-ema none": set(), "--no-reset": set(),
+}
+
+
+@pytest.fixture(scope="module")
+def first_gradients(tiny, tmp_path_factory):
+    """`first_gradients(options)` -> {parameter: gradient before clipping} at the first step of uni_code.py"""
+    def run(options: str) -> dict:
+        gradients, original = [], torch.nn.utils.clip_grad_norm_
+
+        def record(parameters, norm):
+            parameters = list(parameters)
+            gradients.extend(torch.zeros(1) if p.grad is None else p.grad.clone() for p in parameters)
+            return original(parameters, norm)
+
+        cwd = tmp_path_factory.mktemp("gradients")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(cwd)
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+            run_here("uni_code.py", "--data", tiny, *TINY, "--stop-after-steps", 1, *options.split())
+        names = [name for name in load(run_folder(cwd))["modules"] if "quantizer" not in name]
+        return dict(zip(names, gradients, strict=True))  # none is of CLUB's own networks
+
+    return run, run("")
+
+
+@pytest.mark.parametrize("flag", REACH)
+def test_a_loss_reaches_the_parts_it_is_about(first_gradients, flag):
+    run, default = first_gradients
+    changed = {name.removeprefix("model.").split(".")[0]: [] for name in default}
+    for name, gradient in run(flag).items():
+        changed[name.removeprefix("model.").split(".")[0]].append(not torch.equal(gradient, default[name]))
+    assert {part for part, values in changed.items() if any(values)} == REACH[flag]
+
+
+@pytest.mark.parametrize("script", ["uni_code"], indirect=True)
+@pytest.mark.parametrize("flag", ["--no-club", "--no-cpc", "--no-cmcm", "--no-teacher", "--mm-ema none"])
+def test_a_part_less_leaves_the_other_draws_alone(here, default, flag):
+    state = load(here(*STEPS, *flag.split()))["rng"]
+    left = [name for name in default["rng"] if name != "cpc" or flag != "--no-cpc"]
+    assert differences({name: state[name] for name in left}, {name: default["rng"][name] for name in left}) == []
 
 
 @pytest.mark.parametrize("weight", ["fine", "coarse", "cujp", "recon", "commit"])
@@ -867,6 +918,7 @@ def test_compile(here, default, fresh_compiler):
 
 
 @CUDA
+@EVERY_SCRIPT
 @pytest.mark.parametrize("options", ["", "--precision bf16", "--features-on file", "--features-on memory"])
 def test_gpu_runs_probes_and_resumes(here, options):
     run = here(*TINY, "--epochs", 2, "--device", "cuda", *options.split(), "--stop-after-steps", 3)
@@ -878,6 +930,7 @@ def test_gpu_runs_probes_and_resumes(here, options):
 
 
 @CUDA
+@EVERY_SCRIPT
 @pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_run_stays_on_its_kind_of_device(here, devices):
     run = here(*TINY, "--device", devices[0], "--stop-after-steps", 2)
