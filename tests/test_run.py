@@ -827,6 +827,16 @@ def test_no_reset_resets_nothing(here, flag):
     assert (sum(line["codebook/resets"] for line in read_metrics(run)) > 0) == (flag == "--reset")
 
 
+@pytest.mark.parametrize("script", ["uni_code"], indirect=True)
+def test_commitment_rises_over_its_share_of_the_run(here):
+    """With weights that stand still, the losses of three runs differ by beta alone: constant, over half, over all."""
+    still = [*AUDIO_TEXT, "--learning-rate", "1e-30", "--log-every", 1, "--stop-after-steps", 8, "--commitment-warmup"]
+    full, half, whole = ([line["losses/commitment"] for line in read_metrics(here(*still, share))]
+                         for share in (0, 0.5, 1))
+    assert [a / b for a, b in zip(half, full)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1], rel=1e-4)
+    assert [a / b for a, b in zip(whole, full)] == pytest.approx([i / 8 for i in range(1, 9)], rel=1e-4)
+
+
 REACH = {  # flag of uni_code.py: the parts whose gradient it changes at the first step
     "--lambda-club 1": {"semantic", "specific"}, "--no-club": {"semantic", "specific"}, "--no-cpc": {"semantic", "cpc"},
     "--no-cmcm": {"semantic"}, "--no-teacher": {"semantic"}, "--commitment-cost 1": {"semantic"},
