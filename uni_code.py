@@ -95,9 +95,9 @@ class Args:
     # vectors behind the EMA: averaged with what cross-attention finds in the other modalities (paper), with the other
     # modalities' at the same segment (released code), or own
     mm_ema: Literal["attention", "time-aligned", "none"] = "attention"
-    # weight of the commitment, beta, for a mean over D; the released code has 0.25, which lets each modality use codes
-    # of its own, the paper's sum over D is 64, under which every output becomes one code
-    commitment_cost: float = 5.0
+    # weight of the commitment, beta, for a mean over D (released: 0.25, by the paper's sum over D 64); small, modalities
+    # use codes of their own, large, every output becomes one code; default: 1 for two modalities, 5 for more
+    commitment_cost: Optional[float] = None
     commitment_warmup: float = 1.0  # share of the run in which beta rises from 0; 0: constant (paper)
     teacher: bool = True  # commit to the other modalities' codes as well, at half the weight (Eq. 8)
     reset: bool = True  # reset dead codes; --no-reset is --reset-after 0
@@ -479,7 +479,7 @@ def check_uni_code(args: Args) -> None:
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     for name in ("lambda_club", "commitment_cost"):
-        if not getattr(args, name) >= 0:
+        if not (getattr(args, name) or 0) >= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
     if not 0 <= args.commitment_warmup <= 1:
         raise InputError(f"--commitment-warmup {args.commitment_warmup}: must be in [0, 1]")
@@ -574,7 +574,8 @@ if __name__ == "__main__":
     probe_features = Features(data_files(args.probe_data, args.runs_dir)) if args.probe_data else features
     small = len(features.clips("train")) < 10_000
     shape = settle(args, features, {
-        "epochs": 6, "reset_after": (10 if small else 300) * args.reset, "recon_width": 1 if small else 2})  # METHOD
+        "epochs": 6, "reset_after": (10 if small else 300) * args.reset, "recon_width": 1 if small else 2,  # METHOD
+        "commitment_cost": 1.0 if len(set(args.modalities) or features.modalities) == 2 else 5.0})  # METHOD
     modalities = list(shape)
     segments = shape[modalities[0]][0]  # METHOD
     if args.cpc and args.cpc_steps >= segments:  # METHOD
