@@ -95,8 +95,8 @@ class Args:
     # vectors behind the EMA: averaged with what cross-attention finds in the other modalities (paper), with the other
     # modalities' at the same segment (released code), or own
     mm_ema: Literal["attention", "time-aligned", "none"] = "attention"
-    # weight of the commitment, beta, for a mean over D (released: 0.25, by the paper's sum over D 64); small, modalities
-    # use codes of their own, large, every output becomes one code; default: 1 for two modalities, 5 for more
+    # weight of the commitment, beta, for a mean over D (released: 0.25, by the paper's sum over D 64): small, each has
+    # codes of its own; large, every output becomes one code; default: 1 for two modalities, 5 for more
     commitment_cost: Optional[float] = None
     commitment_warmup: float = 1.0  # share of the run in which beta rises from 0; 0: constant (paper)
     teacher: bool = True  # commit to the other modalities' codes as well, at half the weight (Eq. 8)
