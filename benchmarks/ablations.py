@@ -61,6 +61,7 @@ ROWS = {  # method: {row: (flags, seeds)}
         **{name: (flags, 1 if flags else 3) for name, flags in UNI_CODE.items()},
         **{f"AV, {name}": (f"--modalities audio video {flags}", 1 if flags else 3) for name, flags in UNI_CODE.items()},
         "released commitment": ("--commitment-cost 0.25 --commitment-warmup 0", 1),
+        "released commitment, no reset": ("--commitment-cost 0.25 --commitment-warmup 0 --no-reset", 1),
         "paper's CLUB weight": ("--lambda-club 1", 1),
         "commitment summed over D": ("--commitment-cost 64 --commitment-warmup 0", 1),
         "sum pooling": ("--spatial-pool sum", 1),
