@@ -69,13 +69,7 @@ ROWS = {  # method: {row: (flags, seeds)}
                             "--reset-rule unused --reset-source live --reset-after 300 --codebook-init uniform", 1),
         "AT": ("--modalities audio text", 1),
         "VT": ("--modalities video text", 1),
-        "no MM-EMA, no teacher": ("--mm-ema none --no-teacher", 1),
-        "AV, no MM-EMA, no teacher": ("--modalities audio video --mm-ema none --no-teacher", 1),
         "AV, commitment up to 5": ("--modalities audio video --commitment-cost 5", 3),
-        "64 codes": ("--codebook-size 64", 1),
-        "unused resets": ("--reset-rule unused", 1),
-        "time-aligned MM-EMA": ("--mm-ema time-aligned", 1),
-        "commitment up to 10": ("--commitment-cost 10", 1),
     },
 }
 COLUMNS = ["classification/v2a/acc", "classification/a2v/acc", "classification/t2a/acc", "classification/t2v/acc",
