@@ -1,6 +1,7 @@
 """The README tells the truth about commands and tags, the help explains every flag, scripts share their texts."""
 import ast
 import difflib
+import json
 import re
 import runpy
 import shlex
@@ -45,10 +46,17 @@ def test_commands_in_the_documents_parse(script):
         tyro.cli(module.Args, args=[word.replace("...", "x") for word in shlex.split(command)[2:]])
 
 
-def test_the_rows_of_the_benchmarks_parse():
-    rows = runpy.run_path(str(ROOT / "benchmarks" / "ablations.py"))["ROWS"]
-    for script, flags in ((script, flags) for script in rows for flags, _ in rows[script].values()):
-        tyro.cli(__import__(script).Args, args=shlex.split(flags))
+@pytest.mark.parametrize("script", ["uni_code", "micu"])
+def test_the_rows_of_the_benchmarks_change_a_setting_and_stand_beside_their_command(script):
+    rows = runpy.run_path(str(ROOT / "benchmarks" / "ablations.py"))["ROWS"][script]
+    kept = json.loads((ROOT / "benchmarks" / f"{script}.json").read_text())
+    Args = __import__(script).Args
+    for name, (flags, seeds) in rows.items():
+        assert (tyro.cli(Args, args=shlex.split(flags)) == Args()) == (flags == ""), name
+        if name in kept:
+            assert kept[name]["command"].split() == f"python {script}.py {flags} --protocol clean --seed S".split()
+            assert len(kept[name]["seeds"]) == seeds, name
+    assert set(kept) <= set(rows)
 
 
 def test_the_two_commands_of_the_readme_are_there():
