@@ -7,6 +7,7 @@ A file holds N clips of T segments. Each modality is a dataset (N, T, d) or (N, 
 is 0 train, 1 val, 2 test; `id` (N,), `classes` (C,), and optionally `label` (N,), `events/<modality>` (N, T, C),
 `mask` (N, T, h, w) and `group` (N,). This module knows nothing of the methods.
 """
+import ctypes
 import hashlib
 import os
 import queue
@@ -60,9 +61,18 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
         torch.zeros(1, device=device).item()
+        if device.type == "cpu" and sys.platform == "linux":
+            keep_freed_memory()
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name}: not available here ({first_line(error)}); try --device auto")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what it frees: every step takes the same sizes, and new pages cost a tenth of its time."""
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no pages of their own for large blocks, which go when freed
 
 
 def write(path: Path, save) -> None:

@@ -294,8 +294,9 @@ class Decoder(nn.Module):
         if not self.is_map:
             return self.net(self.mix(torch.cat([code, specific], -1)))
         b, t = code.shape[:2]
-        plane = code.flatten(0, 1)[..., None, None].expand(-1, -1, *specific.shape[2:])  # (B*T, D, h, w)
-        x = self.net(self.mix(torch.cat([plane, specific], 1)))  # (B*T, d, H, W)
+        for_code, for_specific = self.mix.weight.tensor_split((code.shape[2],), 1)
+        plane = F.linear(code.flatten(0, 1), for_code[..., 0, 0])[..., None, None]  # once, being alike in all cells
+        x = self.net(F.conv2d(specific, for_specific, self.mix.bias) + plane)  # (B*T, d, H, W)
         return x.permute(0, 2, 3, 1).unflatten(0, (b, t))  # (B, T, H, W, d)
 
 

@@ -25,7 +25,7 @@ from data import (SPLITS, Features, InputError, data_files, explain_input_errors
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE = 5, 4e-4, 80  # of the clean probes; by then the held-out source loss has levelled
 REJECT = 0.05  # share of held-out known source clips that the clean open-set threshold rejects
-DROPOUT_DRAWS = 5  # encodings with dropout that the epochs of a `paper` probe take in turn; released: one an epoch
+DROPOUT_DRAWS = 2  # encodings with dropout that the epochs of a `paper` probe take in turn; released: one an epoch
 SCRIPTS = ("uni_code", "micu")  # the only modules that a checkpoint may name
 SHARE = 0.1  # a modality shares a code if it makes at least this part of the code's selections
 
