@@ -69,7 +69,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what it frees: every step takes the same sizes, and new pages cost a tenth of its time."""
+    """Let glibc keep what is freed: every step takes the same sizes, and new pages cost a tenth of its time."""
     if hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no pages of their own for large blocks, which go when freed

@@ -12,6 +12,7 @@ scored on the very clips of the training split, in the other modality. The model
 import importlib
 import itertools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ from data import (SPLITS, Features, InputError, data_files, explain_input_errors
 EPOCHS, LEARNING_RATE, BATCH_SIZE = 5, 4e-4, 80  # of the clean probes; by then the held-out source loss has levelled
 REJECT = 0.05  # share of held-out known source clips that the clean open-set threshold rejects
 DROPOUT_DRAWS = 2  # encodings with dropout that the epochs of a `paper` probe take in turn; released: one an epoch
-SCRIPTS = ("uni_code", "micu")  # the only modules that a checkpoint may name
+SCRIPTS = ("uni_code", "micu", "codaar")  # the only modules that a checkpoint may name
 SHARE = 0.1  # a modality shares a code if it makes at least this part of the code's selections
 
 
@@ -137,15 +138,28 @@ def codebook_metrics(code_index: dict, codebook_size: int):
 
 
 # -------------------------------------------------------------------------------------------------------------- probes
+@dataclass
+class Codes:
+    """Discrete codes of clips: `index` (N, T) int64 points into `rows` (U, D), the vectors that occur."""
+    rows: torch.Tensor
+    index: torch.Tensor
+
+    def __getitem__(self, clips):
+        return Codes(self.rows, self.index[clips])
+
+    def __len__(self):
+        return len(self.index)
+
+
 class ClipProbe(nn.Module):
-    """Codes (B, T, D) -> class logits (B, C): linear, maximum over the segments, linear."""
+    """Codes of B clips -> class logits (B, C): linear (once for each row), maximum over the segments, linear."""
 
     def __init__(self, width: int, classes: int):
         super().__init__()
         self.hidden, self.classify = nn.Linear(width, width), nn.Linear(width, classes)
 
     def forward(self, codes):
-        return self.classify(self.hidden(codes).amax(1))
+        return self.classify(F.embedding(codes.index, self.hidden(codes.rows)).amax(1))
 
 
 class ProbeTraining:
@@ -156,32 +170,37 @@ class ProbeTraining:
         self.optimizer = torch.optim.Adam(self.probe.parameters(), lr=learning_rate)
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [10, 20, 30], 0.5)
 
-    def epoch(self, codes, target) -> None:
-        """One shuffled pass over codes (N, T, D), target (N,); the last batch is kept."""
-        for rows in torch.randperm(len(codes)).to(codes.device).split(self.batch_size):
+    def epoch(self, codes: Codes, target) -> None:
+        """One shuffled pass over the codes of N clips, target (N,); the last batch is kept."""
+        for clips in torch.randperm(len(codes)).to(target.device).split(self.batch_size):
             self.optimizer.zero_grad()
-            F.cross_entropy(self.probe(codes[rows]), target[rows]).backward()
+            F.cross_entropy(self.probe(codes[clips]), target[clips]).backward()
             nn.utils.clip_grad_norm_(self.probe.parameters(), 0.5)
             self.optimizer.step()
         self.schedule.step()
 
     @torch.no_grad()
-    def predict(self, codes):
-        """(N, T, D) -> confidence (N,), the largest softmax, and prediction (N,)"""
-        return torch.cat([self.probe(part) for part in codes.split(1000)]).softmax(-1).max(-1)
+    def predict(self, codes: Codes):
+        """Codes of N clips -> confidence (N,), the largest softmax, and prediction (N,)"""
+        parts = [self.probe(codes[i:i + 1000]) for i in range(0, len(codes), 1000)]
+        return torch.cat(parts).softmax(-1).max(-1)
 
 
 @torch.no_grad()
-def read_codes(model, encode, features: Features, modality: str, index, device):
-    """Codes of the clips `index`, encoded in the model's present mode: quantized (N, T, D), code_index (N, T)."""
-    parts = []
-    for i in range(0, len(index), 200):
-        clips = torch.from_numpy(features.read(modality, index[i:i + 200])).to(device).float()
-        if not clips.isfinite().all():
+def read_codes(model, encode, features: Features, modality: str, clips, codebook_size: int, device):
+    """The clips with these numbers, encoded in the model's present mode: Codes, code_index (N, T)."""
+    rows, parts = None, []
+    for i in range(0, len(clips), 200):
+        x = torch.from_numpy(features.read(modality, clips[i:i + 200])).to(device).float()
+        if not x.isfinite().all():
             raise InputError(f"NaN or infinity in {modality}: python data.py check FILE says where")
-        parts.append(encode(model, clips, modality))
-    quantized, code_index = zip(*parts)
-    return torch.cat(quantized), torch.cat(code_index)
+        quantized, index = encode(model, x, modality)
+        rows = quantized.new_zeros(codebook_size, quantized.shape[-1]) if rows is None else rows
+        rows[index.flatten()] = quantized.flatten(0, 1)  # a code is one vector
+        parts.append(index)
+    code_index = torch.cat(parts)
+    used, index = code_index.unique(return_inverse=True)
+    return Codes(rows[used], index), code_index
 
 
 def direction(source: str, target: str, modalities: list) -> str:
@@ -240,20 +259,20 @@ def evaluate(model, encode, features: Features, modalities: list, codebook_size:
         model.eval()
         labelled = (features.label >= 0).any()
         test = features.clips("test") if len(features.clips("test")) else features.clips("train")
-        code_index = {m: read_codes(model, encode, features, m, test, device)[1] for m in modalities}
+        code_index = {m: read_codes(model, encode, features, m, test, codebook_size, device)[1] for m in modalities}
         tags, counts = codebook_metrics(code_index, codebook_size)
         tags = {f"eval/codebook/{name}": value for name, value in tags.items()}
         if labelled:
             clips = labelled_clips(features)
-            codes = {s: {m: read_codes(model, encode, features, m, index, device)[0] for m in modalities}
-                     for s, index in clips.items()}
+            codes = {s: {m: read_codes(model, encode, features, m, index, codebook_size, device)[0]
+                         for m in modalities} for s, index in clips.items()}
             label = {s: torch.from_numpy(features.label[index]).to(device) for s, index in clips.items()}
             if "clean" in protocols:
                 tags |= clean(codes, label, features, modalities, known, device)
             if "paper" in protocols:
                 def noisy(m):  # dropout on, as the released probes train
                     model.train()
-                    noisy_codes = read_codes(model, encode, features, m, clips["train"], device)[0]
+                    noisy_codes = read_codes(model, encode, features, m, clips["train"], codebook_size, device)[0]
                     model.eval()
                     return noisy_codes
                 tags |= as_published(noisy, codes, label, features, modalities, known, device, paper)
@@ -262,10 +281,10 @@ def evaluate(model, encode, features: Features, modalities: list, codebook_size:
 
 
 def clean(codes, label, features, modalities, known, device) -> dict:
-    """Nothing is chosen with test labels. codes {split: {m: (N, T, D)}}, label {split: (N,)} -> tags"""
+    """Nothing is chosen with test labels. codes {split: {m: Codes}}, label {split: (N,)} -> tags"""
     tags = {}
     for source in modalities:
-        width = codes["train"][source].shape[-1]
+        width = codes["train"][source].rows.shape[-1]
         for k in (None, *known):  # None: all classes
             keep = label["train"] < (k or len(features.classes))
             run = ProbeTraining(width, k or len(features.classes), device, LEARNING_RATE, BATCH_SIZE)
@@ -313,7 +332,7 @@ def as_published(noisy, codes, label, features, modalities, known, device, paper
     """The released protocol with its leaks; `noisy(m)` encodes the training clips anew with dropout on -> tags"""
     tags = {}
     for source in modalities:
-        width, runs, draws = codes["train"][source].shape[-1], {}, [noisy(source) for _ in range(DROPOUT_DRAWS)]
+        width, runs, draws = codes["train"][source].rows.shape[-1], {}, [noisy(source) for _ in range(DROPOUT_DRAWS)]
         for k in (None, *known):
             setting = paper["open_set" if k else "classification"]
             classes = k or len(features.classes)
@@ -373,11 +392,9 @@ def table(tags: dict) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- command line
-def main(run: tyro.conf.Positional[str], files: tyro.conf.Positional[tuple[str, ...]] = (), *,
-         protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper"), known_classes: tuple[int, ...] = (),
-         device: str = "auto") -> None:
-    """Probe the model of RUN (a run folder or its checkpoint.pt) on FILES (default: the data it was trained on)."""
-    path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
+def load(path: Path):
+    """A run folder or its checkpoint.pt -> module of the method, its Args, {m: shape}, the model; raises InputError."""
+    path = path / "checkpoint.pt" if path.is_dir() else path
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["method"] not in SCRIPTS:
@@ -387,8 +404,16 @@ def main(run: tyro.conf.Positional[str], files: tyro.conf.Positional[tuple[str, 
         model = method.Model(shape, args)
         model.load_state_dict({name.removeprefix("model."): value for name, value in state["modules"].items()
                                if name.startswith("model.")})
+        return method, args, shape, model
     except Exception as error:  # whatever is wrong with the file, the user needs one line
         raise InputError(f"{path}: not a checkpoint of these scripts ({first_line(error)})")
+
+
+def main(run: tyro.conf.Positional[str], files: tyro.conf.Positional[tuple[str, ...]] = (), *,
+         protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper"), known_classes: tuple[int, ...] = (),
+         device: str = "auto") -> None:
+    """Probe the model of RUN (a run folder or its checkpoint.pt) on FILES (default: the data it was trained on)."""
+    method, args, shape, model = load(Path(run))
     device = pick_device(device)
     features = Features(data_files(files or args.probe_data or args.data, args.runs_dir))
     check_request(features, shape, known_classes or args.known_classes)

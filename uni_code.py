@@ -90,7 +90,7 @@ class Args:
     club_steps: int = 5  # steps of CLUB's own optimizer per step
     club_learning_rate: float = 1e-3  # of CLUB's own Adam
     cpc: bool = True  # predict the other modalities by Cross-CPC
-    cpc_steps: int = 1  # segments predicted ahead, K in Eq. 6
+    cpc_steps: int = 1  # segments predicted ahead
     cmcm: bool = True  # match the codes that the modalities of a clip use, L_cmcm
     # vectors behind the EMA: averaged with what cross-attention finds in the other modalities (paper), with the other
     # modalities' at the same segment (released code), or own
@@ -123,7 +123,7 @@ class SpatialPool(nn.Module):
             return x.sum(2)
         # score of a cell = w.(relu(A mean x) * relu(Q x)) + b, the mean's factor folded into w
         w = F.relu(self.mean_proj(x.mean(2))) * self.score.weight  # (B, T, hidden)
-        score = F.relu(self.cell_proj(x)) @ w[..., None] + self.score.bias  # (B, T, H*W, 1)
+        score = self.cell_proj(x).relu_() @ w[..., None] + self.score.bias  # (B, T, H*W, 1), in place: it is large
         return ((self.sharpness * score.tanh()).softmax(2) * x).sum(2)
 
 
@@ -217,7 +217,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, modalities: list, args: Args):
         super().__init__()
-        size, self.modalities, self.decay = args.codebook_size, modalities, args.ema_decay
+        size, self.modalities, self.width, self.decay = args.codebook_size, modalities, args.code_dim, args.ema_decay
         self.reset_after, self.reset_rule, self.reset_source = args.reset_after, args.reset_rule, args.reset_source
         self.register_buffer("codebook", torch.empty(size, args.code_dim).uniform_(-1 / size, 1 / size))
         self.register_buffer("ema_count", torch.ones(size))
@@ -232,6 +232,11 @@ class Quantizer(nn.Module):
         chosen = F.embedding(code_index, self.codebook)  # (M, B, T, D)
         quantized = {m: v + (e - v).detach() for (m, v), e in zip(z.items(), chosen)}
         return quantized, dict(zip(z, code_index))
+
+    def encode(self, z, modality: str):
+        """What a probe reads: z (N, T, D) -> quantized (N, T, D), code_index (N, T)"""
+        code_index = nearest_code(z, self.codebook)
+        return F.embedding(code_index, self.codebook), code_index
 
     def candidates(self, z: dict, source: str, generator):
         """K encoder outputs in random order, (K, D): means over the modalities (`paired`) or single ones (`batch`)."""
@@ -276,6 +281,9 @@ class Quantizer(nn.Module):
         self.resets += dead.sum()
 
 
+QUANTIZER = Quantizer  # what the model is built with
+
+
 # ------------------------------------------------------------------------------------------------------------ decoders
 class Decoder(nn.Module):
     """D_m: [code ; specific] -> features. code (B, T, D), specific as SpecificEncoder gives it -> (B, T, ...)"""
@@ -306,8 +314,8 @@ class Model(nn.Module):
         super().__init__()
         self.semantic = nn.ModuleDict({m: SemanticEncoder(m, s, args) for m, s in shape.items()})
         self.specific = nn.ModuleDict({m: SpecificEncoder(s, args.recon_width) for m, s in shape.items()})
-        self.quantizer = Quantizer(list(shape), args)
-        self.decoder = nn.ModuleDict({m: Decoder(s, args.code_dim, args.recon_width) for m, s in shape.items()})
+        self.quantizer = QUANTIZER(list(shape), args)
+        self.decoder = nn.ModuleDict({m: Decoder(s, self.quantizer.width, args.recon_width) for m, s in shape.items()})
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -348,7 +356,7 @@ def cmcm_loss(z_a, z_b, codebook_a, codebook_b):
 
 
 def cpc_loss(z_target, prediction):
-    """Cross-CPC, Eq. 6, for one step k and one ordered pair: z_target (B, D), prediction (B, D) = W_k c_t -> ()
+    """Cross-CPC (Uni-Code Eq. 6, CoDAAR Eq. 2), one step, one ordered pair: z_target, prediction = W_k c_t (B, D) -> ()
 
     mean_i -log( exp(z_i.p_i) / sum_j exp(z_j.p_i) ): prediction i has the segments z_j of all clips to choose from.
     Raises ValueError on unequal shapes."""
@@ -358,7 +366,7 @@ def cpc_loss(z_target, prediction):
 
 
 class CrossModalCPC(nn.Module):
-    """Cross-CPC (4.2): from its past up to a random segment t, a modality predicts t + 1 .. t + steps of the others."""
+    """Cross-CPC: from its past up to a random segment t, a modality predicts t + 1 .. t + steps of the others."""
 
     def __init__(self, modalities: list, code_dim: int, steps: int):
         super().__init__()
@@ -445,8 +453,7 @@ def ema_vectors(z: dict, mm_ema: str) -> dict:
 def encode(model: Model, features, modality: str):
     """What a probe reads: features (N, T, ...) -> quantized (N, T, D), code_index (N, T)"""
     z = model.semantic[modality].forward(features)  # not a call: --compile would compile every size a probe brings
-    code_index = nearest_code(z, model.quantizer.codebook)
-    return F.embedding(code_index, model.quantizer.codebook), code_index
+    return model.quantizer.encode(z, modality)
 
 
 # ---------------------------------------------------------------------------------------------------------- run folder
@@ -540,7 +547,7 @@ def make_run_folder(args: Args, name: str) -> Path:
     return run
 
 
-def codebook_health(quantizer: Quantizer, code_index: dict) -> dict:
+def codebook_health(quantizer, code_index: dict) -> dict:
     """Tags of the codebook since the last log line, as tensors; perplexity is exp(H) of a modality's selections."""
     share = quantizer.usage / quantizer.usage.sum(1, keepdim=True)
     perplexity = torch.special.entr(share).sum(1).exp()

@@ -32,6 +32,16 @@ UNI_CODE = {  # rows of Uni-Code's Tables 1 to 3: flags
     "Baseline": "--no-club --no-cpc --no-cmcm --mm-ema none --no-teacher --no-reset",
     "CMCM": "--no-club --no-cpc --mm-ema none --no-teacher --no-reset",
 }
+CODAAR = {  # rows of CoDAAR's Tables 5 and 6: (flags, seeds)
+    "full method": ("", 3),
+    "no CPC, no CSA": ("--no-cpc --no-csa", 1),
+    "CPC alone": ("--no-dta --no-csa --no-dqa", 1),
+    "no CSA": ("--no-csa", 3),
+    "no DTA": ("--no-dta", 1),
+    "no CSA, no DQA": ("--no-csa --no-dqa", 1),
+    "no DQA": ("--no-dqa", 1),
+    "no CPC": ("--no-cpc", 1),
+}
 ROWS = {  # method: {row: (flags, seeds)}
     "micu": {
         "full method": ("", 3),
@@ -71,6 +81,23 @@ ROWS = {  # method: {row: (flags, seeds)}
         "VT": ("--modalities video text", 1),
         "AV, commitment up to 5": ("--modalities audio video --commitment-cost 5", 3),
     },
+    "codaar": {
+        **CODAAR,
+        "no CSA, independent start": ("--no-csa --codebook-init uniform --reset-rule unused --reset-source live", 1),
+        "independent start": ("--codebook-init uniform --reset-rule unused --reset-source live", 1),
+        **{f"cascade {order}": (f"--cascade {order}", 1) for order in (  # Table 7
+            "text video audio", "audio text video", "audio video text", "video text audio", "video audio text")},
+        "constant commitment": ("--commitment-cost 0.25 --commitment-warmup 0", 1),
+        "commitment up to 5": ("--commitment-cost 5", 1),
+        "128 codes": ("--codebook-size 128", 1),
+        "own codewords": ("--probe-code own", 1),
+        **{f"AV, {name}": (f"--modalities audio video {flags}", 1 if flags else 3)
+           for name, (flags, _) in CODAAR.items()},
+        "AV, commitment up to 2": ("--modalities audio video --commitment-cost 2", 1),
+        "AV, cascade video audio": ("--modalities audio video --cascade video audio", 1),
+        "AT": ("--modalities audio text", 1),
+        "VT": ("--modalities video text", 1),
+    },
 }
 COLUMNS = ["classification/v2a/acc", "classification/a2v/acc", "classification/t2a/acc", "classification/t2v/acc",
            "classification/a2t/acc", "classification/v2t/acc",
@@ -80,13 +107,16 @@ COLUMNS = ["classification/v2a/acc", "classification/a2v/acc", "classification/t
 
 
 def run(command: str, runs_dir: Path, threads: int) -> dict:
-    """One run in a folder of its own -> its results.json"""
+    """One run -> its results.json and the last line of its training log"""
     arguments = [sys.executable, *shlex.split(command)[1:], "--protocol", "clean", "--runs-dir", str(runs_dir)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command}: {done.stderr.strip()}")
-    return json.loads((Path(done.stdout.splitlines()[-1].removeprefix("run folder: ")) / "results.json").read_text())
+    folder = Path(done.stdout.splitlines()[-1].removeprefix("run folder: "))
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    *_, last = (line for line in logged if "losses/total" in line)
+    return json.loads((folder / "results.json").read_text()) | {"last_log": last}
 
 
 def main(method: tyro.conf.Positional[Literal[tuple(ROWS)]], jobs: int = 1, threads: int = 0, runs_dir: str = "runs"):
@@ -98,7 +128,7 @@ def main(method: tyro.conf.Positional[Literal[tuple(ROWS)]], jobs: int = 1, thre
         row = rows.setdefault(name, {"command": f"python {method}.py {flags} --protocol clean --seed S", "seeds": {}})
         if str(seed) not in row["seeds"]:
             result = run(f"python {method}.py {flags} --seed {seed}", runs_dir, threads) | {"threads": threads or None}
-            keep = ("git", "data_sha256", "torch", "threads", "seconds", "peak_memory_mb", "metrics")
+            keep = ("git", "data_sha256", "torch", "threads", "seconds", "peak_memory_mb", "metrics", "last_log")
             with lock:
                 row["seeds"][str(seed)] = {key: result[key] for key in keep}
                 out.write_text(json.dumps({n: rows[n] for n in ROWS[method] if n in rows}, indent=1) + "\n")

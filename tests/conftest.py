@@ -19,7 +19,7 @@ import torch
 import data
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"uni_code": "", "micu": "--cujp-samples 2"}  # and what makes a tiny run of each one quick
+SCRIPTS = {"uni_code": "", "micu": "--cujp-samples 2", "codaar": ""}  # and what makes a tiny run of each one quick
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,10 @@ import tyro
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = [path for path in (ROOT / f"{name}.py" for name in ("uni_code", "micu", "codaar")) if path.exists()]
-METHOD_SPECIFIC = {"Args", "METHOD"}
+METHOD_SPECIFIC = {"Args", "METHOD", "QUANTIZER"}
+
+
+OWN = ("epochs", "seed", "mm_ema", "codebook_size", "commitment_cost")  # flags of other defaults
 
 
 def glossary() -> list:
@@ -46,7 +49,7 @@ def test_commands_in_the_documents_parse(script):
         tyro.cli(module.Args, args=[word.replace("...", "x") for word in shlex.split(command)[2:]])
 
 
-@pytest.mark.parametrize("script", ["uni_code", "micu"])
+@pytest.mark.parametrize("script", ["uni_code", "micu", "codaar"])
 def test_the_rows_of_the_benchmarks_change_a_setting_and_stand_beside_their_command(script):
     rows = runpy.run_path(str(ROOT / "benchmarks" / "ablations.py"))["ROWS"][script]
     kept = json.loads((ROOT / "benchmarks" / f"{script}.json").read_text())
@@ -89,7 +92,7 @@ def fields(path: Path) -> dict:
     (args,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args")
     ends = [args.lineno, *(node.end_lineno for node in args.body)]
     return {node.target.id: source.splitlines()[start:node.end_lineno] for node, start in zip(args.body, ends)
-            if node.target.id not in ("epochs", "seed", "mm_ema")}  # other defaults, other draws, other choices
+            if node.target.id not in OWN}
 
 
 def test_shared_flags_have_one_text_and_order():
@@ -130,8 +133,9 @@ def test_main_programs_differ_in_marked_lines_only():
     assert all(without_method(path) == without_method(SCRIPTS[0]) for path in SCRIPTS)
 
 
-def test_most_lines_are_shared():
-    a, b = ((ROOT / f"{name}.py").read_text().splitlines() for name in ("micu", "uni_code"))
+@pytest.mark.parametrize("pair", [("micu", "uni_code"), ("uni_code", "codaar"), ("micu", "codaar")])
+def test_most_lines_are_shared(pair):
+    a, b = ((ROOT / f"{name}.py").read_text().splitlines() for name in pair)
     same = sum(block.size for block in difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks())
     assert same >= 0.7 * max(len(a), len(b))
 

@@ -4,6 +4,7 @@ Runs in this process where the process itself is not the point: a run of a few s
 """
 import copy
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -20,6 +21,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import codaar
 import micu
 import probes
 import uni_code
@@ -30,9 +32,12 @@ TINY = "--epochs 2 --batch-size 8 --codebook-size 64 --code-dim 64 --protocol cl
 AUDIO_TEXT = [*TINY, "--modalities", "audio", "text"]  # 8 steps of the tiny file, as below
 LONG = [*TINY, "--modalities", "audio", "video", "--reset-after", "2"]
 EVERY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
-MODULES = {"micu": micu, "uni_code": uni_code}
-STATE = {"micu": {"modules", "optimizer"}, "uni_code": {"modules", "optimizer", "club", "club_optimizer"}}
-LOSSES = {"micu": ("fcmi_fine", "fcmi_coarse", "cujp"), "uni_code": ("cpc", "cmcm", "club")}
+MODULES = {"micu": micu, "uni_code": uni_code, "codaar": codaar}
+STATE = {"micu": {"modules", "optimizer"}, "uni_code": {"modules", "optimizer", "club", "club_optimizer"},
+         "codaar": {"modules", "optimizer"}}
+LOSSES = {"micu": ("fcmi_fine", "fcmi_coarse", "cujp"), "uni_code": ("cpc", "cmcm", "club"), "codaar": ("cpc", "cmcm")}
+WEIGHTS = {"micu": {"cujp": 2}, "uni_code": {"club": 0.01}, "codaar": {"cpc": 0.5}}
+CODEBOOK = {"micu": "codebook", "uni_code": "codebook", "codaar": "codebooks"}
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -102,7 +107,9 @@ def here(script, tmp_path, monkeypatch, tiny, capsys) -> Here:
 
 COMBINATIONS = [("micu", "audio video text"), ("micu", "audio video"), ("micu", "audio text"),
                 ("uni_code", "audio video text"), ("uni_code", "audio video"), ("uni_code", "audio text"),
-                ("uni_code", "video text")]
+                ("uni_code", "video text"),
+                ("codaar", "audio video text"), ("codaar", "audio video"), ("codaar", "audio text"),
+                ("codaar", "video text")]
 
 
 @pytest.fixture(scope="session", params=COMBINATIONS, ids=": ".join)
@@ -161,9 +168,12 @@ def test_log_and_tensorboard(smoke):
     training = {f"losses/{name}" for name in ("recon", "commitment", *LOSSES[smoke.script], "total")}
     training |= {f"codebook/{name}_{m}" for name in ("used", "perplexity") for m in smoke.modalities}
     training |= {"codebook/agreement", "codebook/resets", "charts/grad_norm", "charts/epoch", "charts/clips_per_second"}
-    if smoke.script == "uni_code":
+    if smoke.script != "micu":
         training |= {f"charts/cpc_first_{a[0]}2{b[0]}" for a in smoke.modalities for b in smoke.modalities if a != b}
-    weights = {"cujp": 2, "club": 0.01}
+    if smoke.script == "codaar":
+        training |= {f"codebook/{name}_{a}_{b}" for a, b in itertools.combinations(smoke.modalities, 2)
+                     for name in ("agreement", "cosine", "rank")}
+    weights = WEIGHTS[smoke.script]
     for line in lines[:-1]:
         assert set(line) == training | {"step"} and np.isfinite(list(line.values())).all()
         losses = {tag[7:]: value for tag, value in line.items() if tag.startswith("losses/")}
@@ -184,7 +194,9 @@ def test_log_and_tensorboard(smoke):
     assert "tensors.tsv" in projector and "metadata.tsv" in projector
     (vectors,), (labels,) = (list(smoke.run.rglob(name)) for name in ("tensors.tsv", "metadata.tsv"))
     shown = np.loadtxt(vectors, delimiter="\t")
-    assert np.allclose(shown, load(smoke.run)["modules"]["model.quantizer.codebook"], atol=1e-5)
+    codebook = load(smoke.run)["modules"][f"model.quantizer.{CODEBOOK[smoke.script]}"]
+    codebook = torch.cat(list(codebook), 1) if smoke.script == "codaar" else codebook  # an index is a row of all
+    assert np.allclose(shown, codebook, atol=1e-5)
     labels = labels.read_text().splitlines()
     parts = {part for label in labels for part in label.split("+")}
     assert len(labels) == 64 and parts <= {"unused", *smoke.modalities} and len(parts) > 1
@@ -253,7 +265,8 @@ def test_progress_bar_in_a_terminal(here, monkeypatch, capsys):
 
 @EVERY_SCRIPT
 def test_training_teaches_what_no_modality_shows_alone(here, small):
-    options = {"micu": "--epochs 5", "uni_code": "--epochs 12 --commitment-cost 0.25"}[here.script]  # of five steps
+    options = {"micu": "--epochs 5", "uni_code": "--epochs 12 --commitment-cost 0.25", "codaar": "--epochs 12"}
+    options = options[here.script]  # epochs of five steps
     run = here(*AUDIO_TEXT, *options.split(), "--batch-size", 32, "--code-dim", 256, data=small)
     metrics = read_results(run)["metrics"]
     ways = [metrics[f"eval/classification/{way}/acc"] for way in ("a2t", "t2a")]
@@ -297,7 +310,7 @@ def test_another_seed_is_another_run(here, straight):
     weights = {f"/modules/{name}" for name, value in straight[0]["modules"].items() if name.endswith("weight")
                and "norm" not in name}
     weights |= {"/modules/jigsaw.permutations"} if here.script == "micu" else set()
-    assert weights | {"/modules/model.quantizer.codebook"} <= set(differ)
+    assert weights | {f"/modules/model.quantizer.{CODEBOOK[here.script]}"} <= set(differ)
     assert {f"/rng/{name}" for name in straight[0]["rng"]} <= set(differ)
 
 
@@ -445,10 +458,23 @@ BAD_UNI_CODE = [
     ("--commitment-warmup 2", ["--commitment-warmup 2", "[0, 1]"]),
     ("--no-reset --reset-after 5", ["--reset-after 5", "--no-reset"]),
 ]
+BAD_CODAAR = [
+    ("--cpc-steps 0", ["--cpc-steps 0"]),
+    ("--cpc-steps 10", ["--cpc-steps 10", "10 segments"]),
+    ("--commitment-cost -1", ["--commitment-cost -1"]),
+    ("--commitment-warmup nan", ["--commitment-warmup nan", "[0, 1]"]),
+    ("--lambda-self 1.5", ["--lambda-self 1.5", "[0, 1]"]),
+    ("--lambda-self nan", ["--lambda-self nan"]),
+    ("--cascade audio video", ["--cascade audio video", "audio video text"]),
+    ("--cascade audio video audio", ["--cascade audio video audio", "once"]),
+    ("--cascade audio video flow", ["--cascade audio video flow", "audio video text"]),
+    ("--modalities audio video --cascade text audio video", ["--cascade text audio video", "audio video once"]),
+]
 
 
 @pytest.mark.parametrize("script, options, needles", [("micu", *case) for case in BAD] +
-                         [("uni_code", *case) for case in BAD_UNI_CODE], indirect=["script"])
+                         [("uni_code", *case) for case in BAD_UNI_CODE] +
+                         [("codaar", *case) for case in BAD_CODAAR], indirect=["script"])
 def test_bad_arguments(here, options, needles):
     (here.cwd / "file").write_text("")
     message = here.error("--batch-size", 8, *options.split())
@@ -671,6 +697,29 @@ def test_encode_gives_the_nearest_rows_of_the_present_codebook(trained, tiny):
         model.quantizer.codebook.copy_(model.quantizer.codebook.flip(0) * 1.5)
 
 
+def test_probes_read_what_encode_gives(trained, tiny):
+    _, model = model_of(trained)
+    features, clips = Features([tiny]), np.arange(20, 70)
+    codes, code_index = probes.read_codes(model.eval(), micu.encode, features, "video", clips, 64, torch.device("cpu"))
+    with torch.no_grad():
+        quantized, index = micu.encode(model, torch.from_numpy(features.read("video", clips)).float(), "video")
+    assert torch.equal(codes.rows[codes.index], quantized) and torch.equal(code_index, index)
+    assert len(codes) == 50 and len(codes.rows) == len(index.unique())
+
+
+def test_a_probe_of_codes_is_linear_max_linear():
+    torch.manual_seed(0)
+    probe, codes = probes.ClipProbe(5, 3), probes.Codes(torch.randn(7, 5), torch.randint(7, (4, 6)))
+    some = torch.tensor([2, 0])
+    logits = probe(codes[some])
+    expected = [probe.classify(torch.stack([probe.hidden(codes.rows[k]) for k in clip]).max(0).values)
+                for clip in codes.index[some]]
+    assert torch.allclose(logits, torch.stack(expected), atol=1e-6)
+    gradients = [torch.autograd.grad(out.square().sum(), probe.parameters(), retain_graph=True)
+                 for out in (logits, torch.stack(expected))]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
+
+
 def mean_accuracy(tags) -> float:
     return np.mean([value for tag, value in tags.items() if "/classification/" in tag and tag.endswith("/acc")])
 
@@ -758,8 +807,11 @@ FLAGS = {
     "uni_code": ["--no-club", "--lambda-club 1", "--club-steps 2", "--club-learning-rate 1e-2", "--no-cpc",
                  "--cpc-steps 3", "--no-cmcm", "--mm-ema time-aligned", "--mm-ema none", "--commitment-cost 0.5",
                  "--commitment-warmup 0", "--no-teacher"],
+    "codaar": ["--no-cpc", "--cpc-steps 3", "--no-dqa", "--no-dta", "--lambda-self 0.9", "--no-csa",
+               "--cascade video text audio", "--commitment-cost 0.5", "--commitment-warmup 0", "--reset-rule unused",
+               "--reset-source batch", "--reset-source live"],
 }
-DOWNSTREAM = ("model.semantic", "model.quantizer.codebook")  # what a probe sees
+DOWNSTREAM = ("model.semantic", "model.quantizer.codebook")  # what a probe sees, CoDAAR's codebooks as well
 
 
 @pytest.fixture(scope="module")
@@ -772,7 +824,7 @@ def default(script, tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("script, flag", [("micu", flag) for flag in FLAGS["shared"] + FLAGS["micu"]] +
-                         [("uni_code", flag) for flag in FLAGS["uni_code"]], indirect=["script"])
+                         [(name, flag) for name in ("uni_code", "codaar") for flag in FLAGS[name]], indirect=["script"])
 def test_every_flag_changes_what_is_learned(here, default, flag):
     state = load(here(*STEPS, *flag.split()))
     assert state["step"] == 4 and all(value.isfinite().all() for value in state["modules"].values())
@@ -785,38 +837,46 @@ def test_every_flag_changes_what_is_learned(here, default, flag):
 
 
 CHANGES = {  # flag: the losses that it changes or leaves out at the first step
-    "--no-club": ["club"], "--no-cpc": ["cpc"], "--no-cmcm": ["cmcm"], "--no-teacher": ["commitment"],
-    "--commitment-cost 0.5": ["commitment"], "--commitment-warmup 0": ["commitment"], "--cpc-steps 2": ["cpc"],
-    "--club-steps 2": ["club"], "--club-learning-rate 0.01": ["club"],
-    "--mm-ema none": [], "--mm-ema time-aligned": [], "--no-reset": [],
-    "--no-club --no-cpc --no-cmcm --mm-ema none --no-reset --no-teacher": ["commitment", "cpc", "cmcm", "club"],
-    "--no-club --no-cpc --mm-ema none --no-reset --no-teacher": ["commitment", "cpc", "club"],
+    "uni_code": {
+        "--no-club": ["club"], "--no-cpc": ["cpc"], "--no-cmcm": ["cmcm"], "--no-teacher": ["commitment"],
+        "--commitment-cost 0.5": ["commitment"], "--commitment-warmup 0": ["commitment"], "--cpc-steps 2": ["cpc"],
+        "--club-steps 2": ["club"], "--club-learning-rate 0.01": ["club"],
+        "--mm-ema none": [], "--mm-ema time-aligned": [], "--no-reset": [],
+        "--no-club --no-cpc --no-cmcm --mm-ema none --no-reset --no-teacher": ["commitment", "cpc", "cmcm", "club"],
+        "--no-club --no-cpc --mm-ema none --no-reset --no-teacher": ["commitment", "cpc", "club"]},
+    "codaar": {
+        "--no-cpc": ["cpc"], "--no-dqa": ["cmcm"], "--cpc-steps 2": ["cpc"], "--commitment-cost 0.5": ["commitment"],
+        "--commitment-warmup 0": ["commitment"], "--no-dta": [], "--no-csa": [], "--lambda-self 0.9": [],
+        "--cascade video text audio": [], "--probe-code own": [], "--no-dta --no-csa --no-dqa": ["cmcm"]},
 }
+MOVING = ("--mm-ema", "--no-dta", "--no-csa", "--lambda-self", "--cascade")  # these move the codebook another way
+LEFT_OUT = {"cpc": "cpc", "cmcm": "cmcm", "club": "club", "dqa": "cmcm"}  # flag: loss
 
 
 @pytest.fixture(scope="module")
-def first_losses(tiny, tmp_path_factory):
-    """`first_losses(options)` -> losses at the first step of uni_code.py, codebook after it"""
+def first_losses(script, tiny, tmp_path_factory):
+    """`first_losses(options)` -> losses at the first step of the script, codebook after it"""
     def run(options: str):
         cwd = tmp_path_factory.mktemp("first")
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(cwd)
-            run_here("uni_code.py", "--data", tiny, *TINY, "--stop-after-steps", 1, "--log-every", 1, *options.split())
+            run_here(f"{script}.py", "--data", tiny, *TINY, "--stop-after-steps", 1, "--log-every", 1, *options.split())
         (line,) = read_metrics(run_folder(cwd))
         return {tag[7:]: value for tag, value in line.items() if tag.startswith("losses/") and tag != "losses/total"}, \
-            load(run_folder(cwd))["modules"]["model.quantizer.codebook"]
+            load(run_folder(cwd))["modules"][f"model.quantizer.{CODEBOOK[script]}"]
 
     return run, *run("")
 
 
-@pytest.mark.parametrize("flag", CHANGES)
-def test_an_ablation_changes_exactly_the_losses_it_names(first_losses, flag):
+@pytest.mark.parametrize("script, flag", [(name, flag) for name in CHANGES for flag in CHANGES[name]],
+                         indirect=["script"])
+def test_an_ablation_changes_exactly_the_losses_it_names(first_losses, script, flag):
     run, default, codebook = first_losses
     losses, moved = run(flag)
-    off = {name.split()[0] for name in flag.split("--no-")[1:]} & set(LOSSES["uni_code"])
+    off = {LEFT_OUT[name.split()[0]] for name in flag.split("--no-")[1:] if name.split()[0] in LEFT_OUT}
     assert set(losses) == set(default) - off
-    assert [name for name in default if losses.get(name) != default[name]] == CHANGES[flag]
-    assert torch.equal(moved, codebook) == ("--mm-ema" not in flag)  # the codebook follows the same vectors
+    assert [name for name in default if losses.get(name) != default[name]] == CHANGES[script][flag]
+    assert torch.equal(moved, codebook) == (not any(name in flag for name in MOVING))  # it follows the same vectors
 
 
 @pytest.mark.parametrize("script", ["uni_code"], indirect=True)
@@ -837,16 +897,20 @@ def test_commitment_rises_over_its_share_of_the_run(here):
     assert [a / b for a, b in zip(whole, full)] == pytest.approx([i / 8 for i in range(1, 9)], rel=1e-4)
 
 
-REACH = {  # flag of uni_code.py: the parts whose gradient it changes at the first step
-    "--lambda-club 1": {"semantic", "specific"}, "--no-club": {"semantic", "specific"}, "--no-cpc": {"semantic", "cpc"},
-    "--no-cmcm": {"semantic"}, "--no-teacher": {"semantic"}, "--commitment-cost 1": {"semantic"},
-    "--mm-ema none": set(), "--no-reset": set(),
+REACH = {  # flag: the parts whose gradient it changes at the first step
+    "uni_code": {
+        "--lambda-club 1": {"semantic", "specific"}, "--no-club": {"semantic", "specific"},
+        "--no-cpc": {"semantic", "cpc"}, "--no-cmcm": {"semantic"}, "--no-teacher": {"semantic"},
+        "--commitment-cost 1": {"semantic"}, "--mm-ema none": set(), "--no-reset": set()},
+    "codaar": {
+        "--no-cpc": {"semantic", "cpc"}, "--no-dqa": {"semantic"}, "--commitment-cost 1": {"semantic"},
+        "--no-dta": set(), "--no-csa": set()},
 }
 
 
 @pytest.fixture(scope="module")
-def first_gradients(tiny, tmp_path_factory):
-    """`first_gradients(options)` -> {parameter: gradient before clipping} at the first step of uni_code.py"""
+def first_gradients(script, tiny, tmp_path_factory):
+    """`first_gradients(options)` -> {parameter: gradient before clipping} at the first step of the script"""
     def run(options: str) -> dict:
         gradients, original = [], torch.nn.utils.clip_grad_norm_
 
@@ -859,28 +923,53 @@ def first_gradients(tiny, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(cwd)
             patch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-            run_here("uni_code.py", "--data", tiny, *TINY, "--stop-after-steps", 1, *options.split())
+            run_here(f"{script}.py", "--data", tiny, *TINY, "--stop-after-steps", 1, *options.split())
         names = [name for name in load(run_folder(cwd))["modules"] if "quantizer" not in name]
         return dict(zip(names, gradients, strict=True))  # none is of CLUB's own networks
 
     return run, run("")
 
 
-@pytest.mark.parametrize("flag", REACH)
-def test_a_loss_reaches_the_parts_it_is_about(first_gradients, flag):
+@pytest.mark.parametrize("script, flag", [(name, flag) for name in REACH for flag in REACH[name]], indirect=["script"])
+def test_a_loss_reaches_the_parts_it_is_about(first_gradients, script, flag):
     run, default = first_gradients
     changed = {name.removeprefix("model.").split(".")[0]: [] for name in default}
     for name, gradient in run(flag).items():
         changed[name.removeprefix("model.").split(".")[0]].append(not torch.equal(gradient, default[name]))
-    assert {part for part, values in changed.items() if any(values)} == REACH[flag]
+    assert {part for part, values in changed.items() if any(values)} == REACH[script][flag]
 
 
-@pytest.mark.parametrize("script", ["uni_code"], indirect=True)
-@pytest.mark.parametrize("flag", ["--no-club", "--no-cpc", "--no-cmcm", "--no-teacher", "--mm-ema none"])
+PARTS = {"uni_code": ("--no-club", "--no-cpc", "--no-cmcm", "--no-teacher", "--mm-ema none"),
+         "codaar": ("--no-cpc", "--no-dqa", "--no-dta", "--no-csa")}
+
+
+@pytest.mark.parametrize("script, flag", [(name, flag) for name in PARTS for flag in PARTS[name]], indirect=["script"])
 def test_a_part_less_leaves_the_other_draws_alone(here, default, flag):
     state = load(here(*STEPS, *flag.split()))["rng"]
     left = [name for name in default["rng"] if name != "cpc" or flag != "--no-cpc"]
     assert differences({name: state[name] for name in left}, {name: default["rng"][name] for name in left}) == []
+
+
+@pytest.mark.parametrize("script", ["codaar"], indirect=True)
+def test_probe_code_changes_what_probes_read_and_nothing_else(here, straight):
+    run = here(*LONG, "--probe-code", "own")
+    assert differences(training_state(run)["modules"], straight[0]["modules"]) == []
+    metrics, before = read_results(run)["metrics"], straight[1]
+    assert {tag: v for tag, v in metrics.items() if "codebook" in tag} == {
+        tag: v for tag, v in before.items() if "codebook" in tag}
+    assert metrics != before
+
+
+@EVERY_SCRIPT
+def test_four_modalities(here, tmp_path):
+    """Optical flow, here the differences of frames, as the fourth."""
+    with h5py.File(here.data) as h5:
+        flow = np.diff(h5["video"][:], axis=1, append=0)
+    data = edit(here.data, tmp_path / "four.h5", flow=flow)
+    order = ["--cascade", "flow", "video", "text", "audio"] if here.script == "codaar" else []
+    run = here(*TINY, *order, data=data)
+    ways = {tag.split("/")[2] for tag in read_results(run)["metrics"] if "/classification/" in tag}
+    assert ways == {f"{a}2{b}" for a in "avtf" for b in "avtf" if a != b}
 
 
 @pytest.mark.parametrize("weight", ["fine", "coarse", "cujp", "recon", "commit"])

@@ -1,0 +1,86 @@
+"""Do two modalities choose the same index for the same segment? If not, do they choose one that means the same?
+
+    python benchmarks/agreement.py RUN [RUN ...]
+
+For each pair of modalities, over the test segments in which both hold the clip's event, in percent:
+`exact`: the same index; `class`: indices of one class, that is the class of most training segments that chose the
+index, in any modality; `N groups`: the same group after the nearest of the used rows were merged (complete linkage,
+Euclidean) until N groups were left. In brackets what independent choices with the same frequencies would give: fewer
+groups agree more for that reason alone. Writes benchmarks/agreement.json.
+"""
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import probes  # noqa: E402
+from data import Features, data_files, git_commit  # noqa: E402
+
+GROUPS = (100, 50, 20, 10)
+
+
+def merge(rows, groups: int):
+    """Complete linkage: rows (U, D) -> group of each row (U,); those two merge whose farthest members are nearest."""
+    group = torch.arange(len(rows))
+    distance = torch.cdist(rows.double(), rows.double()).fill_diagonal_(torch.inf)
+    for _ in range(len(rows) - groups):
+        a, b = divmod(distance.argmin().item(), len(rows))
+        group[group == b] = a
+        distance[a] = distance[:, a] = torch.maximum(distance[a], distance[b])
+        distance[b] = distance[:, b] = distance[a, a] = torch.inf
+    return group
+
+
+def agreement(a, b) -> tuple:
+    """Share of equal choices in a and b (N,), and what independence would give."""
+    size = int(max(a.max(), b.max())) + 1
+    frequency = [x.bincount(minlength=size) / len(x) for x in (a, b)]
+    return (a == b).double().mean().item(), (frequency[0] * frequency[1]).sum().item()
+
+
+def analyse(run: Path) -> dict:
+    method, args, shape, model = probes.load(run)
+    features = Features(data_files(args.data, args.runs_dir))
+    clips, code, event = probes.labelled_clips(features), {}, {}
+    for split, m in itertools.product(("train", "test"), shape):
+        code[split, m] = probes.read_codes(model.eval(), method.encode, features, m, clips[split], args.codebook_size,
+                                           torch.device("cpu"))[1]
+        label = torch.from_numpy(features.label[clips[split]])[:, None].expand_as(code[split, m])
+        event[split, m] = label  # (N, T); a sentence is about its event throughout
+        if m in features.files[0].h5["events"]:
+            happens = torch.from_numpy(features.read(f"events/{m}", clips[split])).any(-1)
+            event[split, m] = torch.where(happens, label, -1)
+    votes = torch.zeros(args.codebook_size, len(features.classes))
+    for m in shape:
+        heard = event["train", m] >= 0
+        votes.index_put_((code["train", m][heard], event["train", m][heard].long()), torch.ones(()), True)
+    meaning, used = votes.argmax(1), votes.sum(1).nonzero()[:, 0]
+    maps = {"exact": torch.arange(args.codebook_size), "class": meaning}
+    for groups in GROUPS:
+        maps[f"{groups} groups"] = torch.full((args.codebook_size,), -1)
+        maps[f"{groups} groups"][used] = merge(model.quantizer.codebook[used], min(groups, len(used)))
+    table = {}
+    for a, b in itertools.combinations(shape, 2):
+        both = (event["test", a] >= 0) & (event["test", b] >= 0)
+        chosen = [code["test", m][both] for m in (a, b)]
+        table[f"{a}, {b}"] = {name: agreement(*(to[c].clamp(min=0) for c in chosen)) for name, to in maps.items()}
+    return table
+
+
+def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    result = {run.name: analyse(run) for run in runs}
+    out = Path(__file__).with_name("agreement.json")
+    out.write_text(json.dumps({"command": "python benchmarks/agreement.py RUN ...", "git": git_commit(),
+                               "runs": result}, indent=1) + "\n")
+    for name, table in result.items():
+        print(f"\n{name}")
+        for pair, row in table.items():
+            print(f"  {pair:14}" + "  ".join(f"{key} {100 * v:.1f} ({100 * c:.1f})" for key, (v, c) in row.items()))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
