@@ -92,7 +92,7 @@ class Args:
     lambda_self: Optional[float] = None
     csa: bool = True  # pull the codewords of an index to their mean, one modality after the other (Eq. 6, 7)
     cascade: tuple[str, ...] = ()  # order of CSA; default: text, audio, video, others as in the data
-    # weight of the commitment, beta, for a mean over D (paper: 0.25 for a sum): the larger, the more indices are shared;
+    # weight of the commitment, beta, for a mean over D (paper: 0.25 for a sum): the larger, the more indices shared;
     # default: 1 for two modalities, 2 for more
     commitment_cost: Optional[float] = None
     commitment_warmup: float = 1.0  # share of the run in which beta rises from 0; 0: constant (paper)

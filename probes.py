@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -140,7 +141,7 @@ def codebook_metrics(code_index: dict, codebook_size: int):
 # -------------------------------------------------------------------------------------------------------------- probes
 @dataclass
 class Codes:
-    """Discrete codes of clips: `index` (N, T) int64 points into `rows` (U, D), the vectors that occur."""
+    """Discrete codes of clips: `index` (N, T) int64 points into `rows` (K, D), the vectors of the codes that occur."""
     rows: torch.Tensor
     index: torch.Tensor
 
@@ -152,14 +153,15 @@ class Codes:
 
 
 class ClipProbe(nn.Module):
-    """Codes of B clips -> class logits (B, C): linear (once for each row), maximum over the segments, linear."""
+    """Codes of B clips -> class logits (B, C): linear (once for each code), maximum over the segments, linear."""
 
     def __init__(self, width: int, classes: int):
         super().__init__()
         self.hidden, self.classify = nn.Linear(width, width), nn.Linear(width, classes)
 
     def forward(self, codes):
-        return self.classify(F.embedding(codes.index, self.hidden(codes.rows)).amax(1))
+        used, index = codes.index.unique(return_inverse=True)
+        return self.classify(F.embedding(index, self.hidden(codes.rows[used])).amax(1))
 
 
 class ProbeTraining:
@@ -167,7 +169,7 @@ class ProbeTraining:
 
     def __init__(self, width: int, classes: int, device, learning_rate: float, batch_size: int):
         self.probe, self.batch_size = ClipProbe(width, classes).to(device), batch_size
-        self.optimizer = torch.optim.Adam(self.probe.parameters(), lr=learning_rate)
+        self.optimizer = torch.optim.Adam(self.probe.parameters(), lr=learning_rate, fused=True)
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [10, 20, 30], 0.5)
 
     def epoch(self, codes: Codes, target) -> None:
@@ -187,8 +189,8 @@ class ProbeTraining:
 
 
 @torch.no_grad()
-def read_codes(model, encode, features: Features, modality: str, clips, codebook_size: int, device):
-    """The clips with these numbers, encoded in the model's present mode: Codes, code_index (N, T)."""
+def read_codes(model, encode, features: Features, modality: str, clips, codebook_size: int, device) -> Codes:
+    """The codes of the clips with these numbers, encoded in the model's present mode."""
     rows, parts = None, []
     for i in range(0, len(clips), 200):
         x = torch.from_numpy(features.read(modality, clips[i:i + 200])).to(device).float()
@@ -198,9 +200,7 @@ def read_codes(model, encode, features: Features, modality: str, clips, codebook
         rows = quantized.new_zeros(codebook_size, quantized.shape[-1]) if rows is None else rows
         rows[index.flatten()] = quantized.flatten(0, 1)  # a code is one vector
         parts.append(index)
-    code_index = torch.cat(parts)
-    used, index = code_index.unique(return_inverse=True)
-    return Codes(rows[used], index), code_index
+    return Codes(rows, torch.cat(parts))
 
 
 def direction(source: str, target: str, modalities: list) -> str:
@@ -259,20 +259,21 @@ def evaluate(model, encode, features: Features, modalities: list, codebook_size:
         model.eval()
         labelled = (features.label >= 0).any()
         test = features.clips("test") if len(features.clips("test")) else features.clips("train")
-        code_index = {m: read_codes(model, encode, features, m, test, codebook_size, device)[1] for m in modalities}
-        tags, counts = codebook_metrics(code_index, codebook_size)
+        tested = {m: read_codes(model, encode, features, m, test, codebook_size, device) for m in modalities}
+        tags, counts = codebook_metrics({m: codes.index for m, codes in tested.items()}, codebook_size)
         tags = {f"eval/codebook/{name}": value for name, value in tags.items()}
         if labelled:
             clips = labelled_clips(features)
-            codes = {s: {m: read_codes(model, encode, features, m, index, codebook_size, device)[0]
-                         for m in modalities} for s, index in clips.items()}
+            codes = {s: {m: read_codes(model, encode, features, m, clips[s], codebook_size, device)
+                         for m in modalities} for s in ("train", "val")}
+            codes["test"] = {m: tested[m][np.flatnonzero(np.isin(test, clips["test"]))] for m in modalities}
             label = {s: torch.from_numpy(features.label[index]).to(device) for s, index in clips.items()}
             if "clean" in protocols:
                 tags |= clean(codes, label, features, modalities, known, device)
             if "paper" in protocols:
                 def noisy(m):  # dropout on, as the released probes train
                     model.train()
-                    noisy_codes = read_codes(model, encode, features, m, clips["train"], codebook_size, device)[0]
+                    noisy_codes = read_codes(model, encode, features, m, clips["train"], codebook_size, device)
                     model.eval()
                     return noisy_codes
                 tags |= as_published(noisy, codes, label, features, modalities, known, device, paper)

@@ -48,7 +48,7 @@ def analyse(run: Path) -> dict:
     clips, code, event = probes.labelled_clips(features), {}, {}
     for split, m in itertools.product(("train", "test"), shape):
         code[split, m] = probes.read_codes(model.eval(), method.encode, features, m, clips[split], args.codebook_size,
-                                           torch.device("cpu"))[1]
+                                           torch.device("cpu")).index
         label = torch.from_numpy(features.label[clips[split]])[:, None].expand_as(code[split, m])
         event[split, m] = label  # (N, T); a sentence is about its event throughout
         if m in features.files[0].h5["events"]:
