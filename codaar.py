@@ -1,9 +1,9 @@
-"""CoDAAR: a discrete code per modality, aligned index by index, from paired, unlabelled sequences.
+"""CoDAAR (Sen et al.): a discrete code per modality, aligned index by index, from paired, unlabelled sequences.
 
 Each modality has an encoder and a codebook of its own; the same index is to mean the same in all of them. Cross-CPC
 makes the encoders aware of each other, DQA lets the modalities of a clip use the same indices, DTA builds each codeword
-from what all modalities say where it was chosen, and CSA pulls the codewords of an index towards their mean, as the
-commitment does with the encoders, more and more over the run:
+from what all modalities say where it was chosen, and CSA pulls the codewords of an index towards their mean. The
+commitment pulls the encoders to them, with a beta that rises over the run:
 
     L = sum over modalities (L_rec + L_commit) + sum over pairs (L_cpc + L_cmcm)                               (Eq. 10)
 
@@ -13,7 +13,7 @@ Then the encoders and the codebooks are frozen, and a probe trained on one modal
     python codaar.py --data vggsound40k.h5 --probe-data ave.h5
     python codaar.py --help                                # every flag; README.md lists paper against release
 
-Shapes: B clips of a batch, T segments, D code width, K codes, M modalities, N = B * T.
+Shapes: B clips of a batch, T segments, D code width, K codes, M modalities, N = B * T, d any other width.
 """
 import itertools
 import json
@@ -76,8 +76,9 @@ class Args:
     ema_decay: float = 0.99  # decay of the codebook's moving averages, gamma
     # reset a code that some modality (unshared) or that every modality (unused) left alone for N_re steps
     reset_rule: Literal["unshared", "unused"] = "unshared"
-    # what a reset code becomes: mean output of all modalities at one segment, one output, or a live code plus noise
-    reset_source: Literal["paired", "batch", "live"] = "paired"
+    # what a reset index becomes: in each codebook its modality's output at one segment, or in all of them the mean of
+    # all modalities' there; or copies of a live index plus noise
+    reset_source: Literal["batch", "paired", "live"] = "batch"
     # how the cells of a feature map become one vector; `sum` is what the released code computes
     spatial_pool: Literal["attention", "sum"] = "attention"
     # factor of the attention scores, which lie in (-1, 1): at 1 no cell of 49 can get more than 13 % of the weight
@@ -223,9 +224,10 @@ def cascade(codebooks: dict, order) -> dict:
     """CSA, Eq. 6 and 7: {m: (K, D)} -> {m: (K, D)}; in `order` each becomes the mean of all as they are by then.
 
     Raises ValueError on unequal shapes or an order that does not name every codebook once."""
-    first, codebooks = next(iter(codebooks.values())), dict(codebooks)
+    codebooks, first = dict(codebooks), next(iter(codebooks.values()))
+    require_shape("codebooks", first, (-1, -1))
     for codebook in codebooks.values():
-        require_shape("codebooks", codebook, (-1, -1) if first.dim() != 2 else first.shape)
+        require_shape("codebooks", codebook, first.shape)
     if sorted(order) != sorted(codebooks):
         raise ValueError(f"order {tuple(order)} does not name each of {tuple(codebooks)} once")
     for m in order:
@@ -240,7 +242,7 @@ class AlignedQuantizer(nn.Module):
         super().__init__()
         size, many, self.modalities, self.decay = args.codebook_size, len(modalities), modalities, args.ema_decay
         self.reset_after, self.reset_rule, self.reset_source = args.reset_after, args.reset_rule, args.reset_source
-        self.order, self.probe_code = args.cascade if args.csa else (), args.probe_code
+        self.csa, self.order, self.probe_code = args.csa, args.cascade, args.probe_code
         self.width = many * args.code_dim  # of a row: the codewords of an index side by side
         self.register_buffer("codebooks", torch.empty(many, size, args.code_dim).uniform_(-1 / size, 1 / size))
         self.register_buffer("ema_count", torch.ones(many, size))
@@ -273,7 +275,7 @@ class AlignedQuantizer(nn.Module):
         return F.embedding(code_index, self.codebook if self.probe_code == "row" else codebook), code_index
 
     def candidates(self, z: dict, source: str, generator):
-        """K places for an index, (M, K, D), each from one segment: every modality's own output or their mean."""
+        """A place for each index, (M, K, D), all of it from one segment: the modalities' own outputs or their mean."""
         rows = torch.stack([z[m] for m in self.modalities]).detach().flatten(1, 2)  # (M, N, D)
         rows = rows.mean(0, keepdim=True).expand_as(rows) if source == "paired" else rows
         order = torch.randperm(rows.shape[1], generator=generator, device=rows.device)
@@ -291,7 +293,7 @@ class AlignedQuantizer(nn.Module):
             state = ema_update(self.ema_count[i], self.ema_sum[i], index[i], vectors[m].flatten(0, 1), self.decay)
             for buffer, value in zip((self.ema_count, self.ema_sum, self.codebooks), state):
                 buffer[i].copy_(value)
-        if self.order:
+        if self.csa:
             moved = cascade(self.own(), self.order)
             self.codebooks.copy_(torch.stack(list(moved.values())))  # the sums stay: Eq. 5 starts from them again
         used = torch.zeros_like(self.usage).scatter_add_(1, index, torch.ones_like(index, dtype=self.usage.dtype))
@@ -544,15 +546,16 @@ def codebook_health(quantizer, code_index: dict) -> dict:
 
 
 def alignment(quantizer: AlignedQuantizer, code_index: dict) -> dict:
-    """Tags of each pair of modalities: agreement of this batch, and of the codewords with the same index in the two
-    codebooks the mean cosine and its mean rank: how many codewords of the second have a greater one."""
+    """Tags of each pair (a, b) of modalities in a batch: how often both choose one index; and of the codewords that a
+    chose, the cosine with b's codeword of that index and its rank, how many of b's have a greater one: means."""
     rows, tags = {m: F.normalize(codebook, dim=-1) for m, codebook in quantizer.own().items()}, {}
     for a, b in itertools.combinations(code_index, 2):
         cosine = rows[a] @ rows[b].T  # (K, K)
         right = cosine.diagonal()
+        rank = (cosine > right[:, None]).sum(1).float()
         tags[f"codebook/agreement_{a}_{b}"] = (code_index[a] == code_index[b]).float().mean()
-        tags[f"codebook/cosine_{a}_{b}"] = right.mean()
-        tags[f"codebook/rank_{a}_{b}"] = (cosine > right[:, None]).sum(1).float().mean()
+        tags[f"codebook/cosine_{a}_{b}"] = right[code_index[a]].mean()
+        tags[f"codebook/rank_{a}_{b}"] = rank[code_index[a]].mean()
     return tags
 
 

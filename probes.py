@@ -7,7 +7,8 @@
 nothing is chosen with test labels. `paper`: what the released scripts compute, tags end in `_paper`: dropout stays on
 while the probe trains, the epoch (and the open-set threshold) is the best one on the test clips, and classification is
 scored on the very clips of the training split, in the other modality. The model comes in as a module and a function
-`encode(model, features, modality) -> (quantized (N, T, D), code_index (N, T))`; this file knows nothing of the methods.
+`encode(model, features, modality) -> (quantized (N, T, D), code_index (N, T))`, one vector a code; this file knows
+nothing of the methods.
 """
 import importlib
 import itertools

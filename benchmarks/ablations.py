@@ -32,15 +32,13 @@ UNI_CODE = {  # rows of Uni-Code's Tables 1 to 3: flags
     "Baseline": "--no-club --no-cpc --no-cmcm --mm-ema none --no-teacher --no-reset",
     "CMCM": "--no-club --no-cpc --mm-ema none --no-teacher --no-reset",
 }
-CODAAR = {  # rows of CoDAAR's Tables 5 and 6: (flags, seeds)
-    "full method": ("", 3),
-    "no CPC, no CSA": ("--no-cpc --no-csa", 1),
-    "CPC alone": ("--no-dta --no-csa --no-dqa", 1),
-    "no CSA": ("--no-csa", 3),
-    "no DTA": ("--no-dta", 1),
-    "no CSA, no DQA": ("--no-csa --no-dqa", 1),
-    "no DQA": ("--no-dqa", 1),
-    "no CPC": ("--no-cpc", 1),
+CODAAR = {  # rows of CoDAAR's Tables 5 and 6: flags
+    "full method": "",
+    "no CSA": "--no-csa",
+    "no CPC, no CSA": "--no-cpc --no-csa",
+    "CPC alone": "--no-dta --no-csa --no-dqa",
+    "no DTA": "--no-dta",
+    "no CSA, no DQA": "--no-csa --no-dqa",
 }
 ROWS = {  # method: {row: (flags, seeds)}
     "micu": {
@@ -82,21 +80,18 @@ ROWS = {  # method: {row: (flags, seeds)}
         "AV, commitment up to 5": ("--modalities audio video --commitment-cost 5", 3),
     },
     "codaar": {
-        **CODAAR,
-        "no CSA, independent start": ("--no-csa --codebook-init uniform --reset-rule unused --reset-source live", 1),
+        **{name: (flags, 3 if name in ("full method", "no CSA") else 1) for name, flags in CODAAR.items()},
+        "no DQA": ("--no-dqa", 1),
         "independent start": ("--codebook-init uniform --reset-rule unused --reset-source live", 1),
+        "independent start, no CSA": ("--codebook-init uniform --reset-rule unused --reset-source live --no-csa", 1),
+        "paired resets": ("--reset-source paired", 1),
+        **{f"AV, {name}": (f"--modalities audio video {flags}", 1 if flags else 3) for name, flags in CODAAR.items()},
+        "AV, cascade video audio": ("--modalities audio video --cascade video audio", 1),
         **{f"cascade {order}": (f"--cascade {order}", 1) for order in (  # Table 7
             "text video audio", "audio text video", "audio video text", "video text audio", "video audio text")},
         "constant commitment": ("--commitment-cost 0.25 --commitment-warmup 0", 1),
-        "commitment up to 5": ("--commitment-cost 5", 1),
         "128 codes": ("--codebook-size 128", 1),
         "own codewords": ("--probe-code own", 1),
-        **{f"AV, {name}": (f"--modalities audio video {flags}", 1 if flags else 3)
-           for name, (flags, _) in CODAAR.items()},
-        "AV, commitment up to 2": ("--modalities audio video --commitment-cost 2", 1),
-        "AV, cascade video audio": ("--modalities audio video --cascade video audio", 1),
-        "AT": ("--modalities audio text", 1),
-        "VT": ("--modalities video text", 1),
     },
 }
 COLUMNS = ["classification/v2a/acc", "classification/a2v/acc", "classification/t2a/acc", "classification/t2v/acc",

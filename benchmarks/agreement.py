@@ -2,7 +2,8 @@
 
     python benchmarks/agreement.py RUN [RUN ...]
 
-For each pair of modalities, over the test segments in which both hold the clip's event, in percent:
+For each pair of modalities, over the test segments in which both hold the clip's event and chose indices that such
+training segments chose as well, in percent:
 `exact`: the same index; `class`: indices of one class, that is the class of most training segments that chose the
 index, in any modality; `N groups`: the same group after the nearest of the used rows were merged (complete linkage,
 Euclidean) until N groups were left. In brackets what independent choices with the same frequencies would give: fewer
@@ -52,7 +53,7 @@ def analyse(run: Path) -> dict:
         label = torch.from_numpy(features.label[clips[split]])[:, None].expand_as(code[split, m])
         event[split, m] = label  # (N, T); a sentence is about its event throughout
         if m in features.files[0].h5["events"]:
-            happens = torch.from_numpy(features.read(f"events/{m}", clips[split])).any(-1)
+            happens = torch.from_numpy(features.read(f"events/{m}", clips[split])).bool().any(-1)
             event[split, m] = torch.where(happens, label, -1)
     votes = torch.zeros(args.codebook_size, len(features.classes))
     for m in shape:
@@ -67,7 +68,8 @@ def analyse(run: Path) -> dict:
     for a, b in itertools.combinations(shape, 2):
         both = (event["test", a] >= 0) & (event["test", b] >= 0)
         chosen = [code["test", m][both] for m in (a, b)]
-        table[f"{a}, {b}"] = {name: agreement(*(to[c].clamp(min=0) for c in chosen)) for name, to in maps.items()}
+        seen = (votes.sum(1) > 0)[torch.stack(chosen)].all(0)  # a code without meaning agrees with none
+        table[f"{a}, {b}"] = {name: agreement(*(to[c[seen]] for c in chosen)) for name, to in maps.items()}
     return table
 
 

@@ -18,7 +18,7 @@ SCRIPTS = [path for path in (ROOT / f"{name}.py" for name in ("uni_code", "micu"
 METHOD_SPECIFIC = {"Args", "METHOD", "QUANTIZER"}
 
 
-OWN = ("epochs", "seed", "mm_ema", "codebook_size", "commitment_cost")  # flags of other defaults
+OWN = ("epochs", "seed", "mm_ema", "codebook_size", "commitment_cost", "reset_source")  # of other defaults
 
 
 def glossary() -> list:

@@ -808,7 +808,7 @@ FLAGS = {
                  "--commitment-warmup 0", "--no-teacher"],
     "codaar": ["--no-cpc", "--cpc-steps 3", "--no-dqa", "--no-dta", "--lambda-self 0.9", "--no-csa",
                "--cascade video text audio", "--commitment-cost 0.5", "--commitment-warmup 0", "--reset-rule unused",
-               "--reset-source batch", "--reset-source live"],
+               "--reset-source paired", "--reset-source live"],
 }
 DOWNSTREAM = ("model.semantic", "model.quantizer.codebook")  # what a probe sees, CoDAAR's codebooks as well
 
