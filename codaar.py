@@ -72,7 +72,10 @@ class Args:
     features_on: Literal["auto", "device", "memory", "file"] = "auto"
     # of the final probes: nothing chosen with test labels, and as published
     protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper")
-    known_classes: tuple[int, ...] = ()  # open-set tasks, by number of known classes; default: half of the classes
+    # what is probed at the end and every `eval_every` epochs; default: classification and open_set if there are labels
+    tasks: tuple[Literal[probes.TASKS], ...] = ()
+    known: tuple[int, ...] = ()  # open-set tasks, by number of known classes; default: half of the classes
+    score: Literal[probes.SCORES] = "softmax"  # by which unknown clips are told from known ones; results.json has all
     ema_decay: float = 0.99  # decay of the codebook's moving averages, gamma
     # reset a code that some modality (unshared) or that every modality (unused) left alone for N_re steps
     reset_rule: Literal["unshared", "unused"] = "unshared"
@@ -432,14 +435,17 @@ class CrossModalCPC(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------ encoding
 def encode(model: Model, features, modality: str):
-    """What a probe reads: features (N, T, ...) -> quantized (N, T, D), code_index (N, T)"""
+    """What a probe reads: features (N, T, ...) -> quantized (N, T, width), code_index (N, T)"""
     z = model.semantic[modality].forward(features)  # not a call: --compile would compile every size a probe brings
     return model.quantizer.encode(z, modality)
 
 
 # ---------------------------------------------------------------------------------------------------------- run folder
-PAPER = {"classification": {"epochs": 30, "learning_rate": 4e-4, "batch_size": 80},  # the released probes' settings
-         "open_set": {"epochs": 25, "learning_rate": 4e-4, "batch_size": 80}}
+# The released probes' settings; `metric` picks the epoch, `widths` are those of the layers of the segment probe, D / n.
+PAPER = {"classification": {"epochs": 30, "learning_rate": 2.5e-4, "batch_size": 256, "metric": "macro_precision"},
+         "open_set": {"epochs": 25, "learning_rate": 4e-4, "batch_size": 80, "metric": "hos"},
+         "localization": {"epochs": 50, "learning_rate": 4e-4, "batch_size": 64, "metric": "precision",
+                          "widths": (1, 2, 2)}}
 
 
 def paper_settings(pretraining_epochs: int) -> dict:
@@ -592,7 +598,8 @@ if __name__ == "__main__":
     segments = shape[modalities[0]][0]  # METHOD
     if args.cpc and args.cpc_steps >= segments:  # METHOD
         raise InputError(f"--cpc-steps {args.cpc_steps}: needs more than the {segments} segments of a clip")  # METHOD
-    probes.check_request(probe_features, shape, args.known_classes)
+    args.tasks = args.tasks or probes.default_tasks(probe_features)
+    probes.check_request(probe_features, shape, args.tasks, args.known)
     batches = Batches(features, modalities, "train", args.batch_size, device, args.seed, args.features_on)
     steps, origin = args.epochs * len(batches), {"data_sha256": features.sha256(), "git": git_commit()}
     seconds = {"data": time.perf_counter() - clock}
@@ -650,7 +657,8 @@ if __name__ == "__main__":
 
     def evaluate(step: int):
         tags, selections = probes.evaluate(model, encode, probe_features, modalities, args.codebook_size, device,
-                                           args.protocol, args.known_classes, paper_settings(step // len(batches)))
+                                           args.tasks, args.protocol, args.known, args.score,
+                                           paper_settings(step // len(batches)))
         log(tags, step)
         return tags, selections
 

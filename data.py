@@ -180,9 +180,10 @@ class FeatureFile:
         out = np.empty((len(index), *data.shape[1:]), data.dtype)
         start = None if data.chunks or data.file.filename != self.path else data.id.get_offset()
         try:
-            for row, clip in zip(out, index):
+            for i, clip in enumerate(index):
+                row = out[i:i + 1]
                 if start is None:
-                    data.read_direct(row, np.s_[int(clip)])
+                    data.read_direct(row, np.s_[int(clip):int(clip) + 1])
                 elif os.preadv(self.raw, [row], start + int(clip) * row.nbytes) != row.nbytes:
                     raise OSError("the file ends early")
         except OSError as error:

@@ -1,7 +1,8 @@
 """Frozen-probe protocols: a probe trained on the codes of one modality is tested, untouched, on those of another.
 
-    python probes.py RUN                              probe a finished run again, on its own data
-    python probes.py RUN FILE --protocol clean        on another cmg-features file
+    python probes.py RUN                                      probe a finished run again, on its own data
+    python probes.py RUN FILE --tasks localization retrieval  other tasks, on another cmg-features file
+    python probes.py RUN --tasks open_set --known 3 5 7 --score energy --protocol clean
 
 `clean`: encoder in eval mode, last probe epoch, open-set threshold from held-out clips of the *source* modality;
 nothing is chosen with test labels. `paper`: what the released scripts compute, tags end in `_paper`: dropout stays on
@@ -10,12 +11,16 @@ scored on the very clips of the training split, in the other modality. The model
 `encode(model, features, modality) -> (quantized (N, T, D), code_index (N, T))`, one vector a code; this file knows
 nothing of the methods.
 """
+import hashlib
 import importlib
 import itertools
+import json
+import math
 import sys
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
 import numpy as np
 import torch
@@ -30,6 +35,11 @@ EPOCHS, LEARNING_RATE, BATCH_SIZE = 5, 4e-4, 80  # of the clean probes; by then 
 REJECT = 0.05  # share of held-out known source clips that the clean open-set threshold rejects
 DROPOUT_DRAWS = 2  # encodings with dropout that the epochs of a `paper` probe take in turn; released: one an epoch
 SCRIPTS = ("uni_code", "micu", "codaar")  # the only modules that a checkpoint may name
+RANKS = (1, 5, 10)  # of retrieval
+TEMPERATURE = 0.1  # of the map that x_retrieval learns
+MASK_EPOCHS, MASK_LEARNING_RATE, MASK_FRAMES = 10, 3e-3, 3  # of the segmentation decoder; frames of a clip a step
+TASKS = ("classification", "localization", "open_set", "retrieval", "x_retrieval", "segmentation")
+SCORES = ("softmax", "logit", "energy", "distance")  # by which unknown clips may be told from known ones
 SHARE = 0.1  # a modality shares a code if it makes at least this part of the code's selections
 
 
@@ -96,26 +106,64 @@ def recall_at_k(query, database, query_group, database_group, k: int) -> float:
     return (nearest == query_group[:, None]).any(1).double().mean().item()
 
 
+def mask_iou(probability, target):
+    """Intersection over union of each frame at 0.5, (..., H, W) each -> (frames,); without a mask, the share of its
+    correctly empty pixels. Raises ValueError on unequal shapes."""
+    require_shape("probability", probability, (*probability.shape[:-2], -1, -1))
+    require_shape("target", target, probability.shape)
+    predicted, true = (x.reshape(-1, x.shape[-2] * x.shape[-1]) > 0.5 for x in (probability, target))  # (frames, H * W)
+    overlap = (predicted & true).sum(1) / (predicted | true).sum(1).clamp(min=1).double()
+    return torch.where(true.any(1), overlap, (~predicted).double().mean(1))
+
+
+def mask_curve(probability, target):
+    """F-score (beta^2 = 0.3) of each frame with a mask at 255 thresholds in [0, 1): (..., H, W) each -> (n, 255)"""
+    pixels = probability.shape[-2] * probability.shape[-1]
+    thresholds = torch.linspace(0, 1 - 1e-10, 255, dtype=torch.double, device=probability.device)
+    curves = [torch.zeros(0, 255)]
+    for p, true in zip(*(x.reshape(-1, pixels).split(1 + 4_000_000 // pixels) for x in (probability, target))):
+        true = true > 0.5
+        p, true = p[true.any(1)].double(), true[true.any(1)]
+        # how many thresholds each pixel reaches, then for each threshold how many pixels reach it
+        reached, none = torch.bucketize(p, thresholds, right=True), p.new_zeros(len(p), 256)
+        found, hits = (none.scatter_add(1, reached, x).flip(1).cumsum(1).flip(1)[:, 1:]
+                       for x in (torch.ones_like(p), true.double()))
+        precision, recall = hits / found.clamp(min=1), hits / true.sum(1, keepdim=True)
+        curves.append((1.3 * precision * recall / (0.3 * precision + recall).clamp(min=1e-12)).cpu())
+    return torch.cat(curves)
+
+
 def mask_metrics(probability, target) -> dict:
     """Segmentation over frames, (..., H, W) each: mIoU at 0.5, and the best F-score (beta^2 = 0.3) over 255 thresholds.
 
     A frame without a mask scores the share of its correctly empty pixels in mIoU and is left out of the F-score.
     Raises ValueError on unequal shapes."""
-    require_shape("probability", probability, (*probability.shape[:-2], -1, -1))
-    require_shape("target", target, probability.shape)
-    frame = (-1, probability.shape[-2] * probability.shape[-1])
-    p, true = probability.reshape(frame).double(), target.reshape(frame) > 0.5  # (frames, H*W)
-    predicted = p > 0.5
-    union = (predicted | true).sum(1)
-    iou = torch.where(true.any(1), (predicted & true).sum(1) / union.clamp(min=1), (~predicted).double().mean(1))
-    p, true = p[true.any(1)], true[true.any(1)]
-    curve = []
-    for threshold in torch.linspace(0, 1 - 1e-10, 255, dtype=torch.double):
-        predicted = p >= threshold
-        hits = (predicted & true).sum(1).double()
-        precision, recall = hits / predicted.sum(1).clamp(min=1), hits / true.sum(1).clamp(min=1)
-        curve.append((1.3 * precision * recall / (0.3 * precision + recall).clamp(min=1e-12)).mean())
-    return {"miou": iou.mean().item(), "f_score": torch.stack(curve).max().item() if len(p) else 0.0}
+    miou, curve = mask_iou(probability, target).mean().item(), mask_curve(probability, target)
+    return {"miou": miou, "f_score": curve.mean(0).max().item() if len(curve) else 0.0}
+
+
+def batch_segment_metrics(scores, target, batch_size: int) -> dict:
+    """`segment_metrics` as released: of each mini-batch of clips, averaged with its size; F1 of the two averages."""
+    parts = [(segment_metrics(s, t), len(s)) for s, t in zip(scores.split(batch_size), target.split(batch_size))]
+    precision, recall = (sum(m[name] * n for m, n in parts) / len(scores) for name in ("precision", "recall"))
+    return {"precision": precision, "recall": recall,
+            "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0}
+
+
+def constant_f1(target) -> dict:
+    """The floor of localisation: F1 of whoever predicts one column everywhere (the best one) or all; target (..., C)"""
+    column = torch.eye(target.shape[-1], device=target.device)
+    one = max(segment_metrics(c.expand(target.shape), target)["f1"] for c in column)
+    return {"f1_constant": one, "f1_everything": segment_metrics(torch.ones_like(target), target)["f1"]}
+
+
+def macro_precision(prediction, target, batch_size: int) -> float:
+    """CoDAAR's "precision": over the classes that a mini-batch predicts at all, the mean share that is right, averaged
+    over the mini-batches by their size; both (N,) int."""
+    total = 0.0
+    for p, t in zip(prediction.split(batch_size), target.split(batch_size)):
+        total += len(p) * torch.stack([(t[p == c] == c).double().mean() for c in p.unique()]).mean().item()
+    return total / len(prediction)
 
 
 def code_sharing(counts, share: float) -> dict:
@@ -152,6 +200,13 @@ class Codes:
     def __len__(self):
         return len(self.index)
 
+    def mean(self, where=None):
+        """Mean code of each clip (N, D), over the segments `where` (N, T) if given; over all of a clip without any."""
+        where = torch.ones_like(self.index, dtype=torch.bool) if where is None else where | ~where.any(1, keepdim=True)
+        weight = where / where.sum(1, keepdim=True)
+        parts = zip(self.index.split(1000), weight.split(1000))
+        return torch.cat([(w[:, None] @ F.embedding(index, self.rows))[:, 0] for index, w in parts])
+
 
 class ClipProbe(nn.Module):
     """Codes of B clips -> class logits (B, C): linear (once for each code), maximum over the segments, linear."""
@@ -164,29 +219,66 @@ class ClipProbe(nn.Module):
         used, index = codes.index.unique(return_inverse=True)
         return self.classify(F.embedding(index, self.hidden(codes.rows[used])).amax(1))
 
+    def loss(self, codes, target):
+        return F.cross_entropy(self(codes), target)
+
+
+class SegmentProbe(nn.Module):
+    """Codes of B clips -> logits (B, T, C + 1) of every segment on its own, the last one of background: linear layers
+    of these widths, then one of C + 1. `fading` adds the released second loss, whose weights the probe learns."""
+
+    def __init__(self, width: int, classes: int, widths: tuple, fading: bool):
+        super().__init__()
+        sizes = (width, *widths, classes + 1)
+        self.layers = nn.Sequential(*(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])))
+        self.alpha = nn.Parameter(torch.full((classes + 1,), 0.1)) if fading else None
+
+    def forward(self, codes):
+        used, index = codes.index.unique(return_inverse=True)
+        return F.embedding(index, self.layers(codes.rows[used]))
+
+    def loss(self, codes, target):
+        """target (B, T, C + 1): binary cross-entropy, less the mean of sum over c of y_c log softmax_c exp(-alpha_c)"""
+        logits = self(codes)
+        loss = F.binary_cross_entropy_with_logits(logits, target)
+        if self.alpha is not None:
+            loss = loss - (target * logits.log_softmax(-1) * (-self.alpha).exp()).sum(-1).mean()
+        return loss
+
 
 class ProbeTraining:
-    """A clip probe and its optimisation: Adam, halved after 10, 20 and 30 epochs, gradient norm clipped at 0.5."""
+    """A probe and its optimisation: Adam, halved after 10, 20 and 30 epochs, gradient norm of layers clipped at 0.5."""
 
-    def __init__(self, width: int, classes: int, device, learning_rate: float, batch_size: int):
-        self.probe, self.batch_size = ClipProbe(width, classes).to(device), batch_size
+    def __init__(self, probe, device, learning_rate: float = LEARNING_RATE, batch_size: int = BATCH_SIZE):
+        torch.manual_seed(0)  # the same start and order for every probe, whichever others are trained
+        self.probe, self.batch_size, self.generator = probe().to(device), batch_size, torch.Generator().manual_seed(0)
         self.optimizer = torch.optim.Adam(self.probe.parameters(), lr=learning_rate, fused=True)
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [10, 20, 30], 0.5)
+        self.clipped = [p for name, p in self.probe.named_parameters() if name != "alpha"]
 
     def epoch(self, codes: Codes, target) -> None:
-        """One shuffled pass over the codes of N clips, target (N,); the last batch is kept."""
-        for clips in torch.randperm(len(codes)).to(target.device).split(self.batch_size):
+        """One shuffled pass over the codes of N clips, target (N, ...); the last batch is kept."""
+        for clips in torch.randperm(len(codes), generator=self.generator).to(target.device).split(self.batch_size):
             self.optimizer.zero_grad()
-            F.cross_entropy(self.probe(codes[clips]), target[clips]).backward()
-            nn.utils.clip_grad_norm_(self.probe.parameters(), 0.5)
+            self.probe.loss(codes[clips], target[clips]).backward()
+            nn.utils.clip_grad_norm_(self.clipped, 0.5)
             self.optimizer.step()
         self.schedule.step()
 
     @torch.no_grad()
-    def predict(self, codes: Codes):
-        """Codes of N clips -> confidence (N,), the largest softmax, and prediction (N,)"""
-        parts = [self.probe(codes[i:i + 1000]) for i in range(0, len(codes), 1000)]
-        return torch.cat(parts).softmax(-1).max(-1)
+    def logits(self, codes: Codes):
+        """Codes of N clips -> what the probe says of them (N, ..., C)"""
+        return torch.cat([self.probe(codes[i:i + 1000]) for i in range(0, len(codes), 1000)])
+
+
+def known_scores(logits, codes: Codes, seen: Codes) -> dict:
+    """How much clips look like known ones, by each of SCORES: logits (N, C), their codes, those trained on -> {(N,)}
+
+    `distance`: that of a segment's codeword to the nearest one seen in training, mean over the segments, negated."""
+    used, index = codes.index.unique(return_inverse=True)
+    far = torch.cdist(codes.rows[used], seen.rows[seen.index.unique()],
+                      compute_mode="donot_use_mm_for_euclid_dist").amin(1)  # exactly 0 from itself
+    return dict(zip(SCORES, (logits.softmax(-1).amax(-1), logits.amax(-1), logits.logsumexp(-1), -far[index].mean(-1))))
 
 
 @torch.no_grad()
@@ -221,7 +313,35 @@ def labelled_clips(features: Features) -> dict:
     return {split: index[features.label[index] >= 0] for split, index in clips.items()}
 
 
-def check_request(features: Features, shape: dict, known: tuple) -> None:
+def default_tasks(features: Features) -> tuple:
+    """What a script probes unless it is told: nothing beyond the codebook without labels."""
+    return ("classification", "open_set") if (features.label >= 0).any() else ()
+
+
+def groups(features: Features, clips):
+    """What is one item for retrieval: the group of each clip, told apart by file; without groups the clip itself."""
+    if not all("group" in file.h5 for file in features.files):
+        return torch.from_numpy(clips)
+    owner = np.searchsorted(features.starts, clips, side="right")
+    pairs = np.stack([owner, features.read("group", clips)])
+    return torch.from_numpy(np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1))
+
+
+def localized(features: Features, modalities) -> list:
+    """The modalities whose events are annotated segment by segment, in every file."""
+    return [m for m in modalities if all(m in file.h5.get("events", {}) for file in features.files)]
+
+
+def maps_with_masks(features: Features, modalities) -> list:
+    """The modalities of maps whose cells divide the masks of the files into whole pixels."""
+    size = features.files[0].h5["mask"].shape[2:] if "mask" in features.files[0].h5 else None
+    if size is None or any("mask" not in file.h5 or file.h5["mask"].shape[2:] != size for file in features.files):
+        return []
+    shape = {m: features.shape[m] for m in modalities if len(features.shape[m]) == 4}
+    return [m for m, (_, *cells, _) in shape.items() if all(a % b == 0 for a, b in zip(size, cells))]
+
+
+def check_request(features: Features, shape: dict, tasks: tuple, known: tuple) -> None:
     """Raise InputError before any training if the probes could not run on these features, of a model for `shape`."""
     path = features.files[0].path
     shared = [m for m in shape if m in features.modalities]
@@ -230,81 +350,137 @@ def check_request(features: Features, shape: dict, known: tuple) -> None:
     for m in shared:
         if tuple(features.shape[m]) != tuple(shape[m]):
             raise InputError(f"{path}: {m} has shape {tuple(features.shape[m])}, the model wants {tuple(shape[m])}")
-    if not (features.label >= 0).any():
+    if "localization" in tasks:
+        if len(localized(features, shared)) < 2:
+            raise InputError(f"{path}: --tasks localization needs events/<modality> of two modalities, found those of "
+                             f"{' '.join(localized(features, shared)) or 'none'}")
+        for split in ("train", "test"):
+            if len(features.clips(split)) == 0:
+                raise InputError(f"{path}: the {split} split is empty, --tasks localization needs it")
+    for task in {"retrieval", "x_retrieval"} & set(tasks):
+        if len(set(groups(features, features.clips("test")).tolist())) < max(RANKS):
+            raise InputError(f"{path}: --tasks {task} needs {max(RANKS)} clips or groups in the test split")
+    if "x_retrieval" in tasks and (len(shared) < 3 or len(features.clips("train")) == 0):
+        raise InputError(f"{path}: --tasks x_retrieval needs three modalities and a train split, found "
+                         f"{' '.join(shared)} and {len(features.clips('train'))} clips")
+    if "segmentation" in tasks:
+        if len(maps_with_masks(features, shared)) != 1 or len(shared) < 3:
+            raise InputError(f"{path}: --tasks segmentation needs masks of one size, a single modality of maps whose "
+                             "cells divide them, and two other modalities to ask with")
+        for split in ("train", "test"):
+            if not (features.label[features.clips(split)] >= 0).any():
+                raise InputError(f"{path}: no labelled clip in the {split} split, --tasks segmentation needs them")
+    if not {"classification", "open_set"} & set(tasks):
         return
     clips = labelled_clips(features)
     for split, index in clips.items():
         if len(index) == 0:
             raise InputError(f"{path}: the {split} split is empty (no labelled clip with one event), probes need one")
-    for k in known_counts(features, known):
+    for k in known_counts(features, known) if "open_set" in tasks else ():
         if not 1 <= k < len(features.classes):
-            raise InputError(f"--known-classes {k}: the data has {len(features.classes)} classes, give 1 to "
+            raise InputError(f"--known {k}: the data has {len(features.classes)} classes, give 1 to "
                              f"{len(features.classes) - 1}")
         for split, index in clips.items():
             is_known = features.label[index] < k
             if not is_known.any() or split == "test" and is_known.all():
                 lacking = "unknown" if is_known.any() else "known"
-                raise InputError(f"{path}: the {split} split has no {lacking} classes for --known-classes {k}")
+                raise InputError(f"{path}: the {split} split has no {lacking} classes for --known {k}")
 
 
-def evaluate(model, encode, features: Features, modalities: list, codebook_size: int, device, protocols: tuple,
-             known: tuple, paper: dict):
-    """All probes of a model on `features`. `paper`: per task the released epochs, learning rate and batch size.
+def evaluate(model, encode, features: Features, modalities: list, codebook_size: int, device, tasks: tuple,
+             protocols: tuple, known: tuple, score: str, paper: dict):
+    """The probes of `tasks` for a model on `features`. `paper`: per task the released settings of the method.
 
     Returns ({tag: value}, {m: (K,) code selections on the test clips}). Leaves the model, its mode and the
     random state of the process as they were."""
-    modalities, known = [m for m in modalities if m in features.modalities], known_counts(features, known)
-    training = model.training
+    modalities = [m for m in modalities if m in features.modalities]
+    known = known_counts(features, known) if "open_set" in tasks else ()
+    training, label = model.training, torch.from_numpy(features.label)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
         model.eval()
-        labelled = (features.label >= 0).any()
+
+        def read(m, clips):
+            return read_codes(model, encode, features, m, clips, codebook_size, device)
+
+        @lru_cache
+        def noisy(m, whole):  # codes of the training clips with dropout on, as the released probes train
+            torch.manual_seed(0)
+            model.train()
+            draws = [read(m, features.clips("train") if whole else single["train"]) for _ in range(DROPOUT_DRAWS)]
+            model.eval()
+            return draws
+
         test = features.clips("test") if len(features.clips("test")) else features.clips("train")
-        tested = {m: read_codes(model, encode, features, m, test, codebook_size, device) for m in modalities}
+        tested = {m: read(m, test) for m in modalities}
         tags, counts = codebook_metrics({m: codes.index for m, codes in tested.items()}, codebook_size)
         tags = {f"eval/codebook/{name}": value for name, value in tags.items()}
-        if labelled:
-            clips = labelled_clips(features)
-            codes = {s: {m: read_codes(model, encode, features, m, clips[s], codebook_size, device)
-                         for m in modalities} for s in ("train", "val")}
-            codes["test"] = {m: tested[m][np.flatnonzero(np.isin(test, clips["test"]))] for m in modalities}
-            label = {s: torch.from_numpy(features.label[index]).to(device) for s, index in clips.items()}
+        single, whole = labelled_clips(features), {"localization", "x_retrieval", "segmentation"} & set(tasks)
+        clips = {s: features.clips(s) if whole else single[s] for s in ("train", "val")} | {"test": test}
+        codes = {s: {m: read(m, clips[s]) if len(clips[s]) else None for m in modalities} for s in ("train", "val")}
+        codes["test"] = tested
+
+        def only(wanted: dict):
+            """The codes of these clips {split: numbers}"""
+            keep = {s: torch.from_numpy(np.isin(clips[s], wanted[s])).to(device) for s in wanted}
+            return {s: {m: codes[s][m][keep[s]] for m in modalities} for s in wanted}
+
+        if (label >= 0).any() and {"classification", "open_set"} & set(tasks):
+            part = only(single)
+            target = {s: label[single[s]].to(device) for s in SPLITS}
             if "clean" in protocols:
-                tags |= clean(codes, label, features, modalities, known, device)
+                tags |= clean(part, target, features, modalities, tasks, known, score, device)
             if "paper" in protocols:
-                def noisy(m):  # dropout on, as the released probes train
-                    model.train()
-                    noisy_codes = read_codes(model, encode, features, m, clips["train"], codebook_size, device)
-                    model.eval()
-                    return noisy_codes
-                tags |= as_published(noisy, codes, label, features, modalities, known, device, paper)
+                tags |= as_published(partial(noisy, whole=False), part, target, features, modalities, tasks, known,
+                                     device, paper)
+        if "localization" in tasks:
+            tags |= localization(partial(noisy, whole=True), codes, clips, features, modalities, protocols, device,
+                                 paper)
+        if "retrieval" in tasks:
+            tags |= retrieval(tested, features, test, modalities)
+        if "x_retrieval" in tasks:
+            tags |= x_retrieval(codes, features, clips, modalities, device)
+        if "segmentation" in tasks:
+            asked = {s: clips[s][features.label[clips[s]] >= 0] for s in ("train", "test")}
+            (seen,) = maps_with_masks(features, modalities)
+            tags |= segmentation(only(asked), asked, features, seen, modalities, device)
         model.train(training)
     return tags, counts
 
 
-def clean(codes, label, features, modalities, known, device) -> dict:
+def clean(codes, label, features, modalities, tasks, known, score, device) -> dict:
     """Nothing is chosen with test labels. codes {split: {m: Codes}}, label {split: (N,)} -> tags"""
     tags = {}
     for source in modalities:
         width = codes["train"][source].rows.shape[-1]
-        for k in (None, *known):  # None: all classes
-            keep = label["train"] < (k or len(features.classes))
-            run = ProbeTraining(width, k or len(features.classes), device, LEARNING_RATE, BATCH_SIZE)
+        for k in (*(None for task in tasks if task == "classification"), *known):  # None: all classes
+            classes = k or len(features.classes)
+            keep = label["train"] < classes
+            run = ProbeTraining(partial(ClipProbe, width, classes), device)
+            seen = codes["train"][source][keep]
             for _ in range(EPOCHS):
-                run.epoch(codes["train"][source][keep], label["train"][keep])
+                run.epoch(seen, label["train"][keep])
             if k:
-                held_out = run.predict(codes["val"][source][label["val"] < k])[0]
-                threshold = held_out.quantile(REJECT).item()
+                held_out = codes["val"][source][label["val"] < k]
+                held_out = known_scores(run.logits(held_out), held_out, seen)
+                threshold = {name: value.quantile(REJECT).item() for name, value in held_out.items()}
+            else:
+                same = accuracy(run.logits(codes["test"][source]).argmax(-1), label["test"])["acc"]
             for target in modalities:
-                confidence, prediction = run.predict(codes["test"][target])
+                logits, is_known = run.logits(codes["test"][target]), label["test"] < classes
+                prediction = logits.argmax(-1)
                 if k is None:
                     result = accuracy(prediction, label["test"])
-                    same = accuracy(run.predict(codes["test"][source])[1], label["test"])["acc"]
                     result = {"acc": result["acc"], "acc_same": same, "macro_recall": result["macro_recall"]}
                 else:
-                    result = open_set_metrics(confidence, prediction, label["test"], k, threshold)
-                    result["hos_oracle"] = oracle_hos(confidence, prediction, label["test"], k)
-                    result["auroc"] = auroc(confidence[label["test"] < k], confidence[label["test"] >= k])
+                    scores = known_scores(logits, codes["test"][target], seen)
+                    every = {name: open_set_metrics(value, prediction, label["test"], k, threshold[name])
+                             for name, value in scores.items()}
+                    result = {**every[score], "hos_oracle": oracle_hos(scores[score], prediction, label["test"], k)}
+                    area = {name: auroc(value[is_known], value[~is_known]) for name, value in scores.items()}
+                    none_rejected = open_set_metrics(scores[score], prediction, label["test"], k, -math.inf)
+                    result |= {"auroc": area[score], "acc_known": none_rejected["os_star"]}
+                    result |= {f"hos_{name}": every[name]["hos"] for name in SCORES}
+                    result |= {f"auroc_{name}": area[name] for name in SCORES}
                 if target != source:
                     task = f"open_set_{k}" if k else "classification"
                     path = f"eval/{task}/{direction(source, target, modalities)}"
@@ -330,34 +506,251 @@ def best_threshold(confidence, prediction, target, num_known: int) -> dict:
     return max((open_set_metrics(confidence, prediction, target, num_known, t) for t in sweep), key=lambda r: r["hos"])
 
 
-def as_published(noisy, codes, label, features, modalities, known, device, paper) -> dict:
-    """The released protocol with its leaks; `noisy(m)` encodes the training clips anew with dropout on -> tags"""
+def as_published(noisy, codes, label, features, modalities, tasks, known, device, paper) -> dict:
+    """The released protocol with its leaks; `noisy(m)` are encodings of the training clips with dropout on -> tags"""
     tags = {}
+    wanted = (*(None for task in tasks if task == "classification"), *known)  # None: all classes
+    shuffled = torch.randperm(len(label["train"]), generator=torch.Generator().manual_seed(0))
     for source in modalities:
-        width, runs, draws = codes["train"][source].rows.shape[-1], {}, [noisy(source) for _ in range(DROPOUT_DRAWS)]
-        for k in (None, *known):
+        width, draws, runs = codes["train"][source].rows.shape[-1], noisy(source), {}
+        for k in wanted:
             setting = paper["open_set" if k else "classification"]
-            classes = k or len(features.classes)
-            runs[k] = ProbeTraining(width, classes, device, setting["learning_rate"], setting["batch_size"])
-        for epoch in range(max(setting["epochs"] for setting in paper.values())):
-            train_codes = draws[epoch % DROPOUT_DRAWS]
-            for k, run in runs.items():
-                task = f"open_set_{k}" if k else "classification"
-                if epoch >= paper["open_set" if k else "classification"]["epochs"]:
+            probe = partial(ClipProbe, width, k or len(features.classes))
+            runs[k] = ProbeTraining(probe, device, setting["learning_rate"], setting["batch_size"])
+        for epoch, (k, run) in itertools.product(range(max(s["epochs"] for s in paper.values())), runs.items()):
+            setting = paper["open_set" if k else "classification"]
+            if epoch >= setting["epochs"]:
+                continue
+            keep = label["train"] < (k or len(features.classes))
+            run.epoch(draws[epoch % len(draws)][keep], label["train"][keep])
+            for target in modalities:
+                if target == source:
                     continue
-                keep = label["train"] < (k or len(features.classes))
-                run.epoch(train_codes[keep], label["train"][keep])
-                for target in modalities:
-                    if target == source:
-                        continue
-                    scored = "test" if k else "train"  # classification: the training clips in the other modality
-                    confidence, prediction = run.predict(codes[scored][target])
-                    result = best_threshold(confidence, prediction, label[scored], k) if k else \
-                        {"acc": accuracy(prediction, label[scored])["acc"]}
-                    path, goal = f"eval/{task}/{direction(source, target, modalities)}", "hos" if k else "acc"
-                    if result[goal] > tags.get(f"{path}/{goal}_paper", -1):  # the best epoch on the test labels
-                        names = ("os_star", "unk", "hos") if k else ("acc",)
-                        tags |= {f"{path}/{name}_paper": result[name] for name in names}
+                scored = "test" if k else "train"  # classification: the training clips in the other modality
+                logits = run.logits(codes[scored][target])
+                confidence, prediction = logits.softmax(-1).max(-1)
+                if k:
+                    result = best_threshold(confidence, prediction, label[scored], k)
+                elif setting["metric"] == "macro_precision":
+                    order = shuffled.to(prediction.device)  # as the released loader gives them
+                    result = {"macro_precision": macro_precision(prediction[order], label[scored][order],
+                                                                 setting["batch_size"])}
+                else:
+                    result = {"acc": accuracy(prediction, label[scored])["acc"]}
+                task, goal = f"open_set_{k}" if k else "classification", setting["metric"]
+                path = f"eval/{task}/{direction(source, target, modalities)}"
+                if result[goal] > tags.get(f"{path}/{goal}_paper", -1):  # the best epoch on the scored labels
+                    tags |= {f"{path}/{name}_paper": value for name, value in result.items()
+                             if name != "os_star_class_mean"}
+    return tags
+
+
+def localization(noisy, codes, clips, features, modalities, protocols, device, paper) -> dict:
+    """What happens when: a probe of every segment, trained on one modality and its events, tested on another and its.
+
+    codes {split: {m: Codes}} of the clips {split: numbers} -> tags"""
+    tags, event, annotated = {}, {}, localized(features, modalities)
+    for split, m in itertools.product(("train", "test"), annotated):
+        happens = torch.from_numpy(features.read(f"events/{m}", clips[split])).to(device).float()  # (N, T, C)
+        event[split, m] = torch.cat([happens, 1 - happens.amax(-1, keepdim=True)], -1)  # the last one is background
+    for source in annotated:
+        width, targets = codes["train"][source].rows.shape[-1], [m for m in annotated if m != source]
+        if "clean" in protocols:
+            run = ProbeTraining(partial(SegmentProbe, width, len(features.classes), (width,), False), device)
+            for _ in range(EPOCHS):
+                run.epoch(codes["train"][source], event["train", source])
+            for target in targets:
+                score, true = run.logits(codes["test"][target]).sigmoid(), event["test", target]
+                result = segment_metrics(score, true)
+                foreground = segment_metrics(score[..., :-1], true[..., :-1])
+                result |= {"f1_foreground": foreground["f1"], **constant_f1(true)}
+                path = f"eval/localization/{direction(source, target, modalities)}"
+                tags |= {f"{path}/{name}": value for name, value in result.items()}
+        if "paper" in protocols:
+            setting = paper["localization"]
+            widths = [width // part for part in setting["widths"]]
+            run = ProbeTraining(partial(SegmentProbe, width, len(features.classes), widths, True), device,
+                                setting["learning_rate"], setting["batch_size"])
+            for epoch in range(setting["epochs"]):
+                draws = noisy(source)
+                run.epoch(draws[epoch % len(draws)], event["train", source])
+                for target in targets:
+                    score = run.logits(codes["test"][target]).sigmoid()
+                    result = batch_segment_metrics(score, event["test", target], setting["batch_size"])
+                    path = f"eval/localization/{direction(source, target, modalities)}"
+                    if result[setting["metric"]] > tags.get(f"{path}/{setting['metric']}_paper", -1):
+                        tags |= {f"{path}/{name}_paper": value for name, value in result.items()}
+    return tags
+
+
+def items(codes: Codes, features: Features, modality: str, clips):
+    """The items of a modality among these clips: mean codes (I, D), group (I,), label (I,), on the host. Rows of one
+    group with the same features, such as the sound beside each of its captions, are one item."""
+    group, rows = groups(features, clips), torch.arange(len(clips))
+    if len(group.unique()) < len(clips):
+        seen = {}  # (group, digest of the features) -> first row
+        for i in range(0, len(clips), 200):
+            for row, x in enumerate(features.read(modality, clips[i:i + 200]), i):
+                seen.setdefault((group[row].item(), hashlib.sha256(x).digest()), row)
+        rows = torch.tensor(list(seen.values()))
+    return codes[rows.to(codes.index.device)].mean().cpu(), group[rows], torch.from_numpy(features.label[clips])[rows]
+
+
+def chance(of, among, k: int) -> float:
+    """`recall_at_k` of a random order: groups of (Q,) and among (I,), mean of 1 - C(I - g, k) / C(I, k), g right."""
+    right = (of[:, None] == among).double().sum(1)  # (Q,)
+    miss = [(len(among) - right - i).clamp(min=0) / (len(among) - i) for i in range(k)]
+    return (1 - torch.stack(miss).prod(0)).mean().item()
+
+
+def retrieval(codes, features, clips, modalities) -> dict:
+    """Zero-shot: of the test clips, which items of b are nearest to an item of a, by the cosine of their mean codes?
+
+    An item is right if it comes from the same clip or group (`r1`, `r5`, `r10`), or has the same class (`class_r1`);
+    beside them what chance gives (`chance_r1`, `class_chance_r1`). codes {m: Codes} of `clips` -> tags"""
+    item, tags = {m: items(c, features, m, clips) for m, c in codes.items()}, {}
+    for a, b in itertools.permutations(modalities, 2):
+        (query, of, query_label), (database, among, label) = item[a], item[b]
+        tally, some = {"queries": len(query), "database": len(database)}, query_label >= 0
+        for k in RANKS:
+            tally[f"r{k}"], tally[f"chance_r{k}"] = recall_at_k(query, database, of, among, k), chance(of, among, k)
+        for k in RANKS if some.any() else ():
+            tally[f"class_r{k}"] = recall_at_k(query[some], database, query_label[some], label, k)
+            tally[f"class_chance_r{k}"] = chance(query_label[some], label, k)
+        tags |= {f"eval/retrieval/{direction(a, b, modalities)}/{name}": value for name, value in tally.items()}
+    for a, b in itertools.combinations(modalities, 2):  # both directions
+        ways = direction(a, b, modalities), direction(b, a, modalities)
+        for k in RANKS:
+            tags[f"eval/retrieval/{'+'.join(ways)}/r{k}"] = sum(tags[f"eval/retrieval/{w}/r{k}"] for w in ways) / 2
+    return tags
+
+
+def x_retrieval(codes, features, clips, modalities, device) -> dict:
+    """Uni-Code's Table 5: a map from the mean codes of one modality to those of another is trained; a third modality's
+    codes go through it, untouched, to retrieve the other's. codes {split: {m: Codes}}, clips {split: numbers}
+
+    The map is linear, begins as the identity and learns by InfoNCE over the batch which clip belongs to which. Tags
+    `a2b_to_c`: trained with queries of a, tested with queries of b; `same_r10` are those of a, `zero_r10` b's without
+    any map. What is right is as in `retrieval`."""
+    tags, item = {}, {m: items(codes["test"][m], features, m, clips["test"]) for m in modalities}
+    first = torch.from_numpy(np.unique(groups(features, clips["train"]).numpy(), return_index=True)[1]).to(device)
+    paired = {m: F.normalize(codes["train"][m][first].mean(), dim=-1) for m in modalities}  # one row a group
+    for source, target in itertools.permutations(modalities, 2):
+        width = paired[source].shape[-1]
+        torch.manual_seed(0)
+        project = nn.Linear(width, width, bias=False).to(device)
+        nn.init.eye_(project.weight)
+        optimizer = torch.optim.Adam(project.parameters(), lr=LEARNING_RATE, fused=True)
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(first)).to(device).split(BATCH_SIZE):
+                query = F.normalize(project(paired[source][rows]), dim=-1)
+                logits = query @ paired[target][rows].T / TEMPERATURE
+                optimizer.zero_grad()
+                F.cross_entropy(logits, torch.arange(len(rows), device=device)).backward()
+                optimizer.step()
+        project, (database, among, label) = project.cpu().requires_grad_(False), item[target]
+        for asking in modalities:
+            if asking in (source, target):
+                continue
+            query, of, query_label = item[asking]
+            path = f"eval/x_retrieval/{direction(source, asking, modalities)}_to_{target}"
+            tags |= {f"{path}/r{k}": recall_at_k(project(query), database, of, among, k) for k in RANKS}
+            tags[f"{path}/zero_r10"] = recall_at_k(query, database, of, among, 10)
+            tags[f"{path}/same_r10"] = recall_at_k(project(item[source][0]), database, item[source][1], among, 10)
+            tags[f"{path}/chance_r10"], some = chance(of, among, 10), query_label >= 0
+            if some.any():
+                tags[f"{path}/class_r10"] = recall_at_k(project(query[some]), database, query_label[some], label, 10)
+                tags[f"{path}/class_chance_r10"] = chance(query_label[some], label, 10)
+    return tags
+
+
+class QueryDecoder(nn.Module):
+    """Maps of B clips (B, T, H, W, d) and a query each (B, D) -> mask logits (B, T, H * p, W * q), a cell p x q pixels.
+
+    The query scales and shifts (FiLM) what a linear map finds in each cell; two layers draw the cell."""
+
+    def __init__(self, width: int, code_width: int, cell: tuple):
+        super().__init__()
+        self.cell, hidden = cell, 64
+        self.look, self.ask = nn.Linear(width, hidden), nn.Linear(code_width, 2 * hidden)
+        self.draw = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, cell[0] * cell[1]))
+        nn.init.constant_(self.draw[-1].bias, -5.0)  # few pixels belong to any one thing
+
+    def forward(self, maps, query):
+        scale, shift = self.ask(query)[:, None, None, None].chunk(2, -1)
+        cells = self.draw(self.look(maps) * (1 + scale) + shift).unflatten(-1, self.cell)  # (B, T, H, W, p, q)
+        return cells.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
+
+
+def segmentation(codes, clips, features, seen, modalities, device) -> dict:
+    """Which pixels are what the query asks for? A decoder over the maps of `seen`, trained with queries of one modality
+    and tested with those of another, on every frame. codes {split: {m: Codes}} of the labelled clips {split: numbers}
+
+    A query is the mean code of the segments in which its event happens. Controls: `miou_shuffled_query` (of another
+    clip), `miou_constant_query` (of the first clip, for all), `miou_no_query` (a decoder trained without one),
+    `miou_nothing` (no pixel); `several_*` are of clips with several events, where only the query says which is meant.
+    Maps and masks are read batch by batch."""
+    tags, query, asking = {}, {}, [m for m in modalities if m != seen]
+    for split, m in itertools.product(("train", "test"), asking):
+        label = features.label[clips[split]]
+        happens = np.ones(codes[split][m].index.shape, bool)  # a sentence is about its event throughout
+        if m in localized(features, modalities):
+            happens = features.read(f"events/{m}", clips[split])[np.arange(len(label)), :, label] > 0
+        query[split, m] = codes[split][m].mean(torch.from_numpy(happens).to(device))
+    several = torch.from_numpy(~np.isin(clips["test"], features.single_event(clips["test"])))
+    width, code_width = features.shape[seen][-1], query["train", asking[0]].shape[-1]
+    cell = tuple(a // b for a, b in zip(features.files[0].h5["mask"].shape[2:], features.shape[seen][1:3]))
+
+    def frames(split, rows):
+        """maps (B, T, H, W, d), masks (B, T, h, w) of what the queries ask for"""
+        number = clips[split][rows.numpy()]
+        mask = features.read("mask", number) == features.label[number][:, None, None, None] + 1
+        return [torch.from_numpy(x).to(device).float() for x in (features.read(seen, number), mask)]
+
+    def train(asked):
+        torch.manual_seed(0)
+        decoder = QueryDecoder(width, code_width, cell).to(device)
+        optimizer = torch.optim.Adam(decoder.parameters(), lr=MASK_LEARNING_RATE, fused=True)
+        for _ in range(MASK_EPOCHS):
+            for rows in torch.randperm(len(asked)).split(BATCH_SIZE):
+                maps, mask = frames("train", rows)
+                t = torch.randperm(maps.shape[1])[:MASK_FRAMES].to(device)
+                optimizer.zero_grad()
+                F.binary_cross_entropy_with_logits(decoder(maps[:, t], asked[rows.to(device)]), mask[:, t]).backward()
+                optimizer.step()
+        return decoder
+
+    @torch.no_grad()
+    def test(decoder, asked: dict, curves: list) -> dict:
+        """IoU of every frame (N, T) for each of the queries {name: (N, D)}; the first one's F-scores go to `curves`"""
+        iou = {name: [] for name in asked}
+        for rows in torch.arange(len(clips["test"])).split(BATCH_SIZE):
+            maps, mask = frames("test", rows)
+            for name, queries in asked.items():
+                drawn = decoder(maps, queries[rows.to(device)]).sigmoid()
+                iou[name].append(mask_iou(drawn, mask).view(mask.shape[:2]).cpu())
+                if name == next(iter(asked)):
+                    curves.append(mask_curve(drawn, mask))
+        return {name: torch.cat(parts) for name, parts in iou.items()}
+
+    nobody = {split: torch.zeros(len(clips[split]), code_width, device=device) for split in ("train", "test")}
+    blind = test(train(nobody["train"]), {"no_query": nobody["test"]}, [])
+    zero = [mask_iou(torch.zeros_like(mask), mask).view(mask.shape[:2]).cpu() for mask in (
+        frames("test", rows)[1] for rows in torch.arange(len(clips["test"])).split(BATCH_SIZE))]
+    other = torch.randperm(len(clips["test"]), generator=torch.Generator().manual_seed(0)).to(device)
+    for source in asking:
+        decoder = train(query["train", source])
+        for target in asking:
+            if target != source:
+                right, curves = query["test", target], []
+                asked = {"": right, "shuffled_query": right[other], "constant_query": right[:1].expand_as(right)}
+                iou = test(decoder, asked, curves) | blind | {"nothing": torch.cat(zero)}
+                path = f"eval/segmentation/{direction(source, target, modalities)}"
+                tags |= {f"{path}/{'_'.join(filter(None, ('miou', name)))}": v.mean().item() for name, v in iou.items()}
+                tags[f"{path}/f_score"] = torch.cat(curves).mean(0).max().item()
+                if several.any():
+                    tags |= {f"{path}/{'_'.join(filter(None, ('several_miou', name)))}": v[several].mean().item()
+                             for name, v in iou.items()}
     return tags
 
 
@@ -381,14 +774,16 @@ def table(tags: dict) -> str:
         _, task, *where, metric = tag.split("/")
         if task == "codebook":
             where, metric = [metric], "value"
-        plain = task == "codebook" and where[0].startswith(("used", "perplexity"))
+        if metric.removeprefix("hos_").removeprefix("auroc_") in SCORES:
+            continue  # in results.json
+        plain = task == "codebook" and where[0].startswith(("used", "perplexity")) or metric in ("queries", "database")
         tasks.setdefault(task, {}).setdefault(where[0], {})[metric] = f"{value:.0f}" if plain else f"{100 * value:.1f}"
     lines = []
     for task, rows in tasks.items():
         metrics = list(next(iter(rows.values())))
         widths = [max(len(name), 6) for name in metrics]
         lines += ["", f"{task:19}" + "  ".join(f"{name:>{w}}" for name, w in zip(metrics, widths))]
-        lines += [f"  {row:17}" + "  ".join(f"{values[name]:>{w}}" for name, w in zip(metrics, widths))
+        lines += [f"  {row:17}" + "  ".join(f"{values.get(name, '-'):>{w}}" for name, w in zip(metrics, widths))
                   for row, values in rows.items()]
     return "\n".join(lines[1:])
 
@@ -412,15 +807,25 @@ def load(path: Path):
 
 
 def main(run: tyro.conf.Positional[str], files: tyro.conf.Positional[tuple[str, ...]] = (), *,
-         protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper"), known_classes: tuple[int, ...] = (),
+         tasks: tuple[Literal[TASKS], ...] = (), protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper"),
+         known: tuple[int, ...] = (), score: Optional[Literal[SCORES]] = None, out: Optional[str] = None,
          device: str = "auto") -> None:
-    """Probe the model of RUN (a run folder or its checkpoint.pt) on FILES (default: the data it was trained on)."""
+    """Probe the model of RUN (a run folder or its checkpoint.pt) on FILES (default: the data it was trained on).
+
+    Args:
+        tasks: what is probed, see README.md; default: as the run.
+        known: open-set tasks, by number of known classes; default: as the run.
+        score: by which unknown clips are told from known ones in what is printed; default: as the run.
+        out: a JSON file for all figures, those of the other scores as well."""
     method, args, shape, model = load(Path(run))
-    device = pick_device(device)
+    known, score, device = known or args.known, score or args.score, pick_device(device)
     features = Features(data_files(files or args.probe_data or args.data, args.runs_dir))
-    check_request(features, shape, known_classes or args.known_classes)
-    tags, _ = evaluate(model.to(device), method.encode, features, list(shape), args.codebook_size, device, protocol,
-                       known_classes or args.known_classes, method.paper_settings(args.epochs))
+    tasks = tasks or args.tasks or default_tasks(features)
+    check_request(features, shape, tasks, known)
+    tags, _ = evaluate(model.to(device), method.encode, features, list(shape), args.codebook_size, device, tasks,
+                       protocol, known, score, method.paper_settings(args.epochs))
+    if out:
+        Path(out).write_text(json.dumps(tags, indent=1) + "\n")
     print(table(tags))
 
 

@@ -12,6 +12,7 @@ groups agree more for that reason alone. Writes benchmarks/agreement.json.
 import itertools
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ def analyse(run: Path) -> dict:
         chosen = [code["test", m][both] for m in (a, b)]
         seen = (votes.sum(1) > 0)[torch.stack(chosen)].all(0)  # a code without meaning agrees with none
         table[f"{a}, {b}"] = {name: agreement(*(to[c[seen]] for c in chosen)) for name, to in maps.items()}
-    return table
+    return {"args": asdict(args), "pairs": table}
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
@@ -78,9 +79,9 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     out = Path(__file__).with_name("agreement.json")
     out.write_text(json.dumps({"command": "python benchmarks/agreement.py RUN ...", "git": git_commit(),
                                "runs": result}, indent=1) + "\n")
-    for name, table in result.items():
+    for name, found in result.items():
         print(f"\n{name}")
-        for pair, row in table.items():
+        for pair, row in found["pairs"].items():
             print(f"  {pair:14}" + "  ".join(f"{key} {100 * v:.1f} ({100 * c:.1f})" for key, (v, c) in row.items()))
 
 

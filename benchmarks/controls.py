@@ -31,7 +31,7 @@ def main(run: tyro.conf.Positional[str], seeds: int = 3) -> None:
         order = torch.randperm(len(codes))
         return codes[order], code_index[order]
 
-    rows = {}
+    rows, tasks = {}, ("classification", "open_set")
     for seed, source in itertools.product(range(1, seeds + 1), ("batch", "paired")):
         torch.manual_seed(seed)
         model = micu.Model(shape, args).eval()
@@ -42,11 +42,11 @@ def main(run: tyro.conf.Positional[str], seeds: int = 3) -> None:
             model.quantizer.codebook.copy_(rows_drawn)
         name = "untrained" if source == "batch" else "paired start"
         rows[f"{name}, seed {seed}"] = probes.evaluate(model, micu.encode, features, list(shape), args.codebook_size,
-                                                       torch.device("cpu"), ("clean",), (), {})[0]
+                                                       torch.device("cpu"), tasks, ("clean",), (), "softmax", {})[0]
     model.load_state_dict({name.removeprefix("model."): value for name, value in state["modules"].items()
                            if name.startswith("model.")})
     rows["shuffled"] = probes.evaluate(model, shuffled, features, list(shape), args.codebook_size, torch.device("cpu"),
-                                       ("clean",), (), {})[0]
+                                       tasks, ("clean",), (), "softmax", {})[0]
     out = Path(__file__).with_name("controls.json")
     out.write_text(json.dumps({"command": "python benchmarks/controls.py RUN", "git": git_commit(), "rows": rows},
                               indent=1) + "\n")

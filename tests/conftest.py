@@ -17,9 +17,11 @@ import pytest
 import torch
 
 import data
+from probes import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"uni_code": "", "micu": "--cujp-samples 2", "codaar": ""}  # and what makes a tiny run of each one quick
+CLIPS = ("classification", "open_set")  # the tasks of a default run
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +42,10 @@ def tiny(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def default_runs(small, tmp_path_factory) -> dict:
-    """One epoch, four steps, of all modalities with both protocols, for each script."""
+    """One epoch, four steps, of all modalities with both protocols, for each script; MICU with every task."""
     return {script: finished_run(script, tmp_path_factory.mktemp(script), small, ("audio", "video", "text"),
-                                 "--code-dim 64", ("clean", "paper"), (5,)) for script in SCRIPTS}
+                                 "--code-dim 64", ("clean", "paper"), (5,), TASKS if script == "micu" else CLIPS)
+            for script in SCRIPTS}
 
 
 def command(*args) -> tuple:
@@ -73,15 +76,16 @@ def run_here(*args) -> int:
             signal.signal(number, handler)
 
 
-def finished_run(script: str, cwd, data: str, modalities: tuple, options: str, protocols: tuple, known: tuple):
+def finished_run(script: str, cwd, data: str, modalities: tuple, options: str, protocols: tuple, known: tuple,
+                 tasks: tuple = CLIPS):
     """A run by subprocess in the folder `cwd`, as a user makes it, with what it left and printed."""
     options += f" --epochs 1 --batch-size 40 --codebook-size 64 {SCRIPTS[script]}"
     done = run_script(f"{script}.py", "--data", data, "--modalities", *modalities, "--protocol", *protocols,
-                      *options.split(), cwd=cwd)
+                      "--tasks", *tasks, *options.split(), cwd=cwd)
     assert done.returncode == 0, done.stderr
     run = run_folder(cwd)
-    return SimpleNamespace(script=script, modalities=modalities, protocols=protocols, known=known, cwd=cwd, done=done,
-                           run=run, results=read_results(run), metrics=read_metrics(run))
+    return SimpleNamespace(script=script, modalities=modalities, protocols=protocols, known=known, tasks=tasks, cwd=cwd,
+                           done=done, run=run, results=read_results(run), metrics=read_metrics(run))
 
 
 def run_folder(cwd) -> Path:

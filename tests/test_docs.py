@@ -15,7 +15,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = [path for path in (ROOT / f"{name}.py" for name in ("uni_code", "micu", "codaar")) if path.exists()]
-METHOD_SPECIFIC = {"Args", "METHOD", "QUANTIZER"}
+METHOD_SPECIFIC = {"Args", "METHOD", "QUANTIZER", "PAPER"}
 
 
 OWN = ("epochs", "seed", "mm_ema", "codebook_size", "commitment_cost", "reset_source")  # of other defaults
@@ -25,7 +25,7 @@ def glossary() -> list:
     """Patterns of the tags in the README's glossary: <m>, <d>, <k> and <i> stand for one word."""
     rows = re.findall(r"^\| (`(?:losses|charts|codebook|eval)/.*?) \|", README, re.M)
     tags = [tag for row in rows for tag in re.findall(r"`([^`]+)`", row)]
-    return [re.sub(r"<\w>", "[a-z0-9]+", tag) for tag in tags]
+    return [re.sub(r"<\w>", "[a-z0-9]+", re.escape(tag)) for tag in tags]
 
 
 def test_logged_tags_and_glossary_are_the_same(default_runs):

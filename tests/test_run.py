@@ -25,7 +25,8 @@ import codaar
 import micu
 import probes
 import uni_code
-from conftest import SCRIPTS, command, edit, finished_run, read_metrics, read_results, run_folder, run_here, run_script
+from conftest import (CLIPS, SCRIPTS, command, edit, finished_run, read_metrics, read_results, run_folder, run_here,
+                      run_script)
 from data import Batches, Features, InputError
 
 TINY = "--epochs 2 --batch-size 8 --codebook-size 64 --code-dim 64 --protocol clean".split()
@@ -119,22 +120,44 @@ def smoke(request, small, tmp_path_factory, default_runs):
     if len(modalities) == 3:
         return default_runs[script]
     settings = ("--log-every 1", ("clean",), (5,)) if "video" in modalities else \
-        ("--code-dim 64 --known-classes 3 8", ("paper",), (3, 8))
+        ("--code-dim 64 --known 3 8", ("paper",), (3, 8))
     return finished_run(script, tmp_path_factory.mktemp("smoke"), small, modalities, *settings)
 
 
-def expected_tags(modalities, protocols, known) -> set:
-    """The `eval/` tags of DESIGN.md for the tasks of the digits set."""
+def expected_tags(modalities, protocols, known, script="micu", tasks=CLIPS) -> set:
+    """The `eval/` tags of DESIGN.md for these tasks on the digits set."""
     tags = {f"codebook/{name}_{m}" for name in ("used", "perplexity") for m in modalities} | {"codebook/agreement"}
     tags |= {f"codebook/{name}_{i + 1}" for name in ("shared", "weighted") for i in range(len(modalities))}
-    for way in (f"{a[0]}2{b[0]}" for a in modalities for b in modalities if a != b):
+    ways = {(a, b): f"{a[0]}2{b[0]}" for a in modalities for b in modalities if a != b}
+    heard = ("a2v", "v2a")  # sentences have no events
+    for (a, b), way in ways.items():
         if "clean" in protocols:
             tags |= {f"classification/{way}/{name}" for name in ("acc", "acc_same", "macro_recall")}
             tags |= {f"open_set_{k}/{way}/{name}" for k in known
-                     for name in ("os_star", "unk", "hos", "os_star_class_mean", "auroc", "hos_oracle")}
+                     for name in ("os_star", "unk", "hos", "os_star_class_mean", "auroc", "hos_oracle", "acc_known",
+                                  *(f"{a}_{b}" for a in ("hos", "auroc") for b in probes.SCORES))}
+            tags |= {f"localization/{way}/{name}" for name in (
+                "precision", "recall", "f1", "f1_foreground", "f1_constant", "f1_everything")
+                if "localization" in tasks and way in heard}
         if "paper" in protocols:
-            tags |= {f"classification/{way}/acc_paper"}
+            tags |= {f"classification/{way}/{'macro_precision' if script == 'codaar' else 'acc'}_paper"}
             tags |= {f"open_set_{k}/{way}/{name}_paper" for k in known for name in ("os_star", "unk", "hos")}
+            tags |= {f"localization/{way}/{name}_paper" for name in ("precision", "recall", "f1")
+                     if "localization" in tasks and way in heard}
+        if "retrieval" in tasks:
+            tags |= {f"retrieval/{way}/{name}r{k}" for name in ("", "chance_", "class_", "class_chance_")
+                     for k in (1, 5, 10)}
+            tags |= {f"retrieval/{way}/{name}" for name in ("queries", "database")}
+            tags |= {f"retrieval/{way}+{ways[b, a]}/r{k}" for k in (1, 5, 10)
+                     if modalities.index(a) < modalities.index(b)}
+        if "x_retrieval" in tasks:
+            tags |= {f"x_retrieval/{way}_to_{c}/{name}" for c in modalities if c not in (a, b)
+                     for name in (
+                         "r1", "r5", "r10", "zero_r10", "same_r10", "chance_r10", "class_r10", "class_chance_r10")}
+        if "segmentation" in tasks and "video" not in (a, b):
+            tags |= {f"segmentation/{way}/f_score"} | {
+                f"segmentation/{way}/{clips}miou{control}" for clips in ("", "several_")
+                for control in ("", "_shuffled_query", "_constant_query", "_no_query", "_nothing")}
     return {f"eval/{tag}" for tag in tags}
 
 
@@ -147,10 +170,11 @@ def test_results(smoke, small):
     assert results["torch"] == torch.__version__ and 50 < results["peak_memory_mb"] < 4000
     assert results["data_sha256"] == hashlib.sha256(Path(small).read_bytes()).hexdigest() and results["git"]
     metrics = results["metrics"]
-    assert set(metrics) == expected_tags(smoke.modalities, smoke.protocols, smoke.known)
+    assert set(metrics) == expected_tags(smoke.modalities, smoke.protocols, smoke.known, smoke.script, smoke.tasks)
     for tag, value in metrics.items():
-        counts = tag.startswith(("eval/codebook/used_", "eval/codebook/perplexity_"))
-        assert 0 <= value <= (64 if counts else 1), tag  # a NaN fails, too
+        counts = tag.startswith(("eval/codebook/used_", "eval/codebook/perplexity_")) or tag.endswith(
+            ("/queries", "/database"))
+        assert 0 <= value <= (80 if counts else 1), tag  # a NaN fails, too
 
 
 def test_settings_are_resolved_and_recorded(smoke):
@@ -240,20 +264,22 @@ def test_printed_table(smoke):
     table, where = out.rstrip().rsplit("\n", 1)
     assert where == f"run folder: {smoke.run.relative_to(smoke.cwd)}"
     table, metrics = rows(table), smoke.results["metrics"]
-    assert sum(map(len, table.values())) == len(metrics)
-    for tag, value in metrics.items():
+    shown = {tag: value for tag, value in metrics.items() if not tag.endswith(probes.SCORES)}
+    assert sum(cell != "-" for row in table.values() for cell in row.values()) == len(shown)
+    for tag, value in shown.items():
         _, task, *way, name = tag.split("/")
-        shown = table[(task, *way)][name] if way else table[task, name]["value"]
-        plain = name.startswith(("used", "perplexity"))
-        assert shown == (f"{value:.0f}" if plain else f"{100 * value:.1f}"), tag
+        cell = table[(task, *way)][name] if way else table[task, name]["value"]
+        plain = name.startswith(("used", "perplexity")) or name in ("queries", "database")
+        assert cell == (f"{value:.0f}" if plain else f"{100 * value:.1f}"), tag
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_probes_print_the_same_table_again(default_runs, script):
     default_run = default_runs[script]
-    again = run_script("probes.py", default_run.run, cwd=default_run.cwd)
+    again = run_script("probes.py", default_run.run, "--out", "again.json", cwd=default_run.cwd)
     assert again.returncode == 0, again.stderr
     assert rows(again.stdout) == rows(default_run.done.stdout.rstrip().rsplit("\n", 1)[0])
+    assert json.loads((default_run.cwd / "again.json").read_text()) == default_run.results["metrics"]
 
 
 def test_progress_bar_in_a_terminal(here, monkeypatch, capsys):
@@ -440,8 +466,11 @@ BAD = [
     ("--recon-width 0", ["--recon-width 0"]),
     ("--ema-decay 1.5", ["--ema-decay 1.5"]),
     ("--eval-every -1", ["--eval-every -1"]),
-    ("--known-classes 10", ["--known-classes 10", "1 to 9"]),
-    ("--known-classes 0", ["--known-classes 0"]),
+    ("--known 10", ["--known 10", "1 to 9"]),
+    ("--known 0", ["--known 0"]),
+    ("--tasks x_retrieval --modalities audio text", ["--tasks x_retrieval", "three"]),
+    ("--tasks segmentation --modalities audio video", ["--tasks segmentation", "two other"]),
+    ("--tasks localization --modalities audio text", ["--tasks localization", "audio"]),
     ("--device cuda:99", ["--device cuda:99", "--device auto"]),
     ("--device nonsense", ["--device nonsense", "--device auto"]),
     ("--probe-data absent.h5", ["absent.h5", "no such file"]),
@@ -654,7 +683,7 @@ def model_of(run: Path):
 
 def evaluate(model, features, encode=micu.encode, protocols=("clean",), known=(5,)):
     return probes.evaluate(model, encode, features, list(model.semantic), len(model.quantizer.codebook),
-                           torch.device("cpu"), protocols, known, micu.paper_settings(5))
+                           torch.device("cpu"), CLIPS, protocols, known, "softmax", micu.paper_settings(5))
 
 
 @pytest.fixture(scope="module")
@@ -751,7 +780,7 @@ def oracle(small):
 
     def probe(encode, features=features):
         return probes.evaluate(torch.nn.Module(), encode, features, ["audio", "text"], 10, torch.device("cpu"),
-                               ("clean",), (5,), {})[0]
+                               CLIPS, ("clean",), (5,), "softmax", {})[0]
 
     return make, probe
 
@@ -1024,7 +1053,7 @@ def test_gpu_runs_probes_and_resumes(here, options):
     assert here("--resume", str(run), "--device", "cuda") == run and here.code == 0
     results = read_results(run)
     assert results["device"] == torch.cuda.get_device_name() and results["peak_memory_mb"] > 1
-    assert set(results["metrics"]) == expected_tags(("audio", "video", "text"), ("clean",), (5,))
+    assert set(results["metrics"]) == expected_tags(("audio", "video", "text"), ("clean",), (5,), here.script)
 
 
 @CUDA

@@ -1,0 +1,417 @@
+"""The tasks of probes.py: metrics by hand, probes against their formulas, and tasks on codes whose answer is known."""
+import itertools
+import json
+import math
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import codaar
+import micu
+import probes
+import uni_code
+from conftest import run_folder, run_here
+from data import Features, InputError
+from probes import Codes
+
+CPU = torch.device("cpu")
+
+
+def codes_of(index, width=6, size=20):
+    rows = torch.randn(size, width, generator=torch.Generator().manual_seed(0))
+    return Codes(rows, torch.as_tensor(index))
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+def test_batch_metrics_average_batches_before_f1():
+    """Batches of two clips and one: precision 1 and 1/2 with weights 2 and 1, recall 1/2 and 1."""
+    scores = torch.tensor([[0.9, 0.1], [0.2, 0.3], [0.8, 0.7]])
+    target = torch.tensor([[1, 0], [0, 1], [1, 0]])
+    found = probes.batch_segment_metrics(scores, target, 2)
+    precision, recall = (2 * 1 + 0.5) / 3, (2 * 0.5 + 1) / 3
+    assert found == pytest.approx({"precision": precision, "recall": recall,
+                                   "f1": 2 * precision * recall / (precision + recall)})
+    assert probes.batch_segment_metrics(torch.zeros(3, 2), target, 2) == {"precision": 0, "recall": 0, "f1": 0}
+
+
+def test_floor_of_localisation():
+    target = torch.tensor([[[1, 0, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 0]]])  # columns are there 2, 1 and 1 of 4 times
+    assert probes.constant_f1(target) == pytest.approx({"f1_constant": 0.5, "f1_everything": 2 * 4 / 12 / (4 / 12 + 1)})
+
+
+def test_macro_precision_of_batches():
+    prediction, target = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 1])
+    # first three: class 0 half right, class 1 right; the last: class 2 wrong
+    assert probes.macro_precision(prediction, target, 3) == pytest.approx((3 * 0.75 + 0) / 4)
+    assert probes.macro_precision(prediction, target, 4) == pytest.approx((0.5 + 1 + 0) / 3)
+
+
+def test_metrics_equal_scikit_learn():
+    theirs, rng = pytest.importorskip("sklearn.metrics"), torch.Generator().manual_seed(0)
+    target, prediction = (torch.randint(5, (200,), generator=rng) for _ in range(2))
+    ours = probes.accuracy(prediction, target)
+    assert ours["acc"] == pytest.approx(theirs.accuracy_score(target, prediction))
+    assert ours["macro_recall"] == pytest.approx(theirs.balanced_accuracy_score(target, prediction))
+    score = torch.randint(9, (200,), generator=rng) / 9  # with ties
+    assert probes.auroc(score[target < 2], score[target >= 2]) == pytest.approx(theirs.roc_auc_score(target < 2, score))
+    scores, multi = torch.rand(40, 6, generator=rng), (torch.rand(40, 6, generator=rng) < 0.3).float()
+    pooled = theirs.precision_recall_fscore_support(multi.flatten(), scores.flatten() > 0.5, average="binary")[:3]
+    assert probes.segment_metrics(scores, multi) == pytest.approx(dict(zip(("precision", "recall", "f1"), pooled)))
+    assert probes.macro_precision(prediction, target, 200) == pytest.approx(
+        theirs.precision_score(target, prediction, average="macro"))
+    mask, drawn = torch.rand(3, 7, 7, generator=rng) < 0.4, torch.rand(3, 7, 7, generator=rng)
+    iou = [theirs.jaccard_score(t.flatten(), d.flatten() > 0.5) for t, d in zip(mask, drawn)]
+    assert probes.mask_iou(drawn, mask).tolist() == pytest.approx(iou)
+
+
+# -------------------------------------------------------------------------------------------------------------- probes
+@pytest.mark.parametrize("widths", [(6,), (6, 3, 3)])
+def test_segment_probe_sees_every_segment_on_its_own(widths):
+    torch.manual_seed(0)
+    probe, codes = probes.SegmentProbe(6, 4, widths, True), codes_of([[1, 5, 5], [7, 1, 2]])
+    assert len(probe.layers) == len(widths) + 1
+    logits = probe(codes)
+    for clip, segment in itertools.product(range(2), range(3)):
+        x = codes.rows[codes.index[clip, segment]]
+        for layer in probe.layers:
+            x = layer.weight @ x + layer.bias
+        assert torch.allclose(logits[clip, segment], x, atol=1e-6)
+
+
+def test_segment_loss():
+    torch.manual_seed(0)
+    probe, codes = probes.SegmentProbe(6, 2, (6,), True), codes_of([[1, 5], [7, 2]])
+    probe.alpha.data = torch.tensor([0.1, 0.5, -0.2])
+    target = torch.tensor([[[1, 0, 0], [0, 0, 1]], [[1, 1, 0], [0, 1, 0]]]).float()
+    logits, binary, second = probe(codes), 0, 0
+    for clip, t in itertools.product(range(2), range(2)):
+        total = sum(math.exp(v) for v in logits[clip, t].tolist())
+        for c, v in enumerate(logits[clip, t].tolist()):
+            y = target[clip, t, c].item()
+            binary -= math.log(1 / (1 + math.exp(-v if y else v))) / 12
+            second -= y * (v - math.log(total)) * math.exp(-probe.alpha[c].item()) / 4
+    assert probe.loss(codes, target).item() == pytest.approx(binary + second, rel=1e-5)
+    plain = probes.SegmentProbe(6, 2, (6,), False)
+    plain.load_state_dict({k: v for k, v in probe.state_dict().items() if k != "alpha"})
+    assert plain.loss(codes, target).item() == pytest.approx(binary, rel=1e-5)
+
+
+def test_the_fading_weights_learn_unclipped():
+    run = probes.ProbeTraining(lambda: probes.SegmentProbe(6, 2, (6,), True), CPU)
+    assert [p.shape for p in run.clipped] == [p.shape for p in run.probe.layers.parameters()]
+    target = torch.tensor([[[1, 0, 0], [0, 0, 1]], [[1, 1, 0], [0, 1, 0]]]).float()
+    run.epoch(codes_of([[1, 5], [7, 2]]), target)
+    assert (run.probe.alpha > 0.1).all()  # less weight for the second loss
+
+
+def test_known_scores():
+    codes, seen, logits = codes_of([[1, 5], [7, 2]]), codes_of([[5, 5], [3, 2]]), torch.randn(2, 4)
+    scores = probes.known_scores(logits, codes, seen)
+    for i, row in enumerate(logits.tolist()):
+        total = sum(map(math.exp, row))
+        far = [min((codes.rows[k] - codes.rows[s]).norm().item() for s in (5, 3, 2)) for k in codes.index[i].tolist()]
+        expected = {"softmax": math.exp(max(row)) / total, "logit": max(row), "energy": math.log(total),
+                    "distance": -sum(far) / 2}
+        assert {name: value[i].item() for name, value in scores.items()} == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_mean_codes():
+    codes = codes_of([[1, 5, 5], [7, 1, 2]])
+    where = torch.tensor([[True, False, True], [False, False, False]])
+    rows = codes.rows
+    assert torch.allclose(codes.mean(), torch.stack([(rows[1] + 2 * rows[5]) / 3, (rows[7] + rows[1] + rows[2]) / 3]))
+    assert torch.allclose(codes.mean(where), torch.stack([(rows[1] + rows[5]) / 2, (rows[7] + rows[1] + rows[2]) / 3]))
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+CLIPS, T, CLASSES = 96, 4, 3
+
+
+def write_toy(path, change=lambda h5, split: None) -> str:
+    """A file of three modalities that say their clip's class where its event happens; video draws it in one cell, and
+    in half of the clips the next class in another. `change` edits the open file."""
+    rng, label, split = np.random.default_rng(0), np.arange(CLIPS) % CLASSES, np.repeat([0, 1, 2], [48, 12, 36])
+    happens = {m: rng.random((CLIPS, T)) < 0.6 for m in ("audio", "video")}
+    here = rng.permuted(np.tile(np.arange(25), (CLIPS, T, 1)), axis=2)[..., :2]  # of the event, of the other
+    two, other = np.arange(CLIPS) // 3 % 2 == 0, (label + 1) % CLASSES
+    first, second = (np.arange(25) == here[..., i, None] for i in range(2))  # (N, T, 25)
+    second &= two[:, None, None]
+    video = first[..., None] * np.eye(8)[label][:, None, None] + second[..., None] * np.eye(8)[other][:, None, None]
+    mask = first * (label + 1)[:, None, None] + second * (other + 1)[:, None, None]
+    classes = np.eye(CLASSES)[label] + two[:, None] * np.eye(CLASSES)[other]
+    with h5py.File(path, "w") as h5:
+        h5.attrs.update(format="cmg-features", version=1, name="toy")
+        h5["audio"] = np.where(happens["audio"], label[:, None] + 1, 0)[..., None].astype(np.float32)
+        h5["text"] = np.broadcast_to(label[:, None, None] + 1, (CLIPS, T, 1)).astype(np.float32)
+        h5["video"] = video.reshape(CLIPS, T, 5, 5, 8).astype(np.float32)
+        h5["mask"] = mask.reshape(CLIPS, T, 5, 5).repeat(2, 2).repeat(2, 3).astype(np.uint8)
+        h5["label"], h5["split"] = label, split.astype(np.uint8)
+        h5["id"], h5["classes"] = [str(i) for i in range(CLIPS)], ["one", "two", "three"]
+        h5["events/audio"] = (happens["audio"][..., None] * np.eye(CLASSES)[label][:, None]).astype(np.uint8)
+        h5["events/video"] = (happens["video"][..., None] * classes[:, None]).astype(np.uint8)
+        change(h5, split)
+    return str(path)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return write_toy(tmp_path / "toy.h5")
+
+
+ROWS = torch.randn(CLASSES + 1, 32, generator=torch.Generator().manual_seed(0))
+BLUR = {"audio": 0.0, "text": 0.2, "video": 0.4}  # codes of one meaning are near each other, not the same
+
+
+def honest(model, x, modality):
+    """The code is the class where the modality says it, else code 0; video always says the first class it shows."""
+    index = x[..., 0].long() if x.dim() == 3 else x.sum((2, 3)).argmax(-1) + 1
+    rows = ROWS + BLUR[modality] * torch.randn(ROWS.shape, generator=torch.Generator().manual_seed(1))
+    return rows[index], index
+
+
+def ask(path, *tasks, encode=honest, protocols=("clean",), known=(), score="softmax", modalities=tuple(BLUR),
+        model=None):
+    tags, _ = probes.evaluate(model or torch.nn.Module(), encode, Features([path]), list(modalities), CLASSES + 1, CPU,
+                              tasks, protocols, known, score, micu.paper_settings(0))
+    return {tag.removeprefix("eval/"): value for tag, value in tags.items()}
+
+
+def test_localisation_is_trained_on_one_and_tested_on_the_other(tmp_path, toy, monkeypatch):
+    """Audio's codes tell when and what: perfect on audio's events, and only chance tells when video's happen."""
+    monkeypatch.setattr(probes, "EPOCHS", 300)
+    made, figures = [], []
+    probe, metrics = probes.SegmentProbe, probes.batch_segment_metrics
+    monkeypatch.setattr(probes, "SegmentProbe", lambda *args: made.append(args) or probe(*args))
+
+    def record(*args):
+        figures.append(metrics(*args))
+        return figures[-1]
+
+    monkeypatch.setattr(probes, "batch_segment_metrics", record)
+
+    def single(h5, split):  # video with the first event only, and audio once more
+        h5["events/video"][:] = h5["events/video"][:] * np.eye(CLASSES)[h5["label"][:]][:, None]
+        h5["video"][:] = h5["video"][:] * np.eye(8)[h5["label"][:]][:, None, None, None]
+        h5["voice"], h5["events/voice"] = h5["audio"][:], h5["events/audio"][:]
+
+    path = write_toy(tmp_path / "single.h5", single)
+    for m in ("voice", "video"):
+        monkeypatch.setitem(BLUR, m, 0.0)
+    tags = ask(path, "localization", modalities=("audio", "voice", "video"), protocols=("clean", "paper"))
+    assert tags["localization/audio2voice/f1"] == tags["localization/audio2voice/f1_foreground"] == 1
+    with h5py.File(path) as h5:
+        on = h5["events/voice"][:].any(-1)[h5["split"][:] == 2]
+        seen = h5["events/video"][:].any(-1)[h5["split"][:] == 2]
+        codes = h5["audio"][:][h5["split"][:] == 2, :, 0]
+    assert (on == (codes > 0)).all()
+    true = seen
+    assert tags["localization/audio2video/precision"] == pytest.approx(true.mean())  # video always reads "label, here"
+    assert tags["localization/audio2video/recall"] == pytest.approx(true.mean())
+    assert tags["localization/audio2video/f1_foreground"] == pytest.approx(2 * true.mean() / (true.mean() + 1))
+    assert tags["localization/audio2video/f1_paper"] < 0.95  # not audio's own events
+    assert {args[3] for args in made} == {False, True} and (32, 3, [32], True) in made  # paper: two losses
+    best = {tags[f"localization/{way}/f1_paper"] for way in (
+        "audio2voice", "audio2video", "voice2audio", "voice2video", "video2audio", "video2voice")}
+    assert best <= {f["f1"] for f in figures}  # of one epoch
+    last = [figures[i::2] for i in (-2, -1)]  # both targets of the last source, latest first by epoch
+    assert tags["localization/video2voice/f1_paper"] == max(f["f1"] for f in figures[-60:][1::2]), last[1][0]
+
+
+def test_retrieval_of_groups(tmp_path, toy):
+    """Two captions a clip: the clip is one query and one item, its captions are two; any of them is right."""
+    path = str(tmp_path / "groups.h5")
+    with h5py.File(toy) as old, h5py.File(path, "w") as new:
+        for name in old:
+            if name not in ("audio", "group"):
+                old.copy(name, new)
+        new.attrs.update(old.attrs)
+        clip = np.arange(CLIPS) // 2
+        new["group"] = clip
+        audio = np.zeros((CLIPS, T, 1), np.float32) + clip[:, None, None]
+        new["audio"] = audio
+        new["caption"] = audio + np.array([0, 0.5])[np.arange(CLIPS) % 2, None, None].astype(np.float32)
+    rows = torch.randn(CLIPS, 64, generator=torch.Generator().manual_seed(1))
+
+    def encode(model, x, modality):
+        index = x[..., 0].long()
+        index = index + ((x[..., 0] % 1 > 0) * (index % 4 == 0)).long()  # of every fourth clip one caption is wrong
+        return rows[index], index
+
+    tags, _ = probes.evaluate(torch.nn.Module(), encode, Features([path]), ["audio", "caption"], CLIPS, CPU,
+                              ("retrieval",), ("clean",), (), "softmax", {})
+    clips = 18  # of the 36 test rows
+    assert (tags["eval/retrieval/a2c/queries"], tags["eval/retrieval/a2c/database"]) == (clips, 36)
+    assert (tags["eval/retrieval/c2a/queries"], tags["eval/retrieval/c2a/database"]) == (36, clips)
+    wrong = sum(i % 4 == 0 for i in range(30, 48))
+    assert tags["eval/retrieval/c2a/r1"] == pytest.approx(1 - wrong / 36)
+    assert tags["eval/retrieval/a2c/r5"] == 1
+    assert tags["eval/retrieval/a2c+c2a/r5"] == pytest.approx(
+        (tags["eval/retrieval/a2c/r5"] + tags["eval/retrieval/c2a/r5"]) / 2)
+    chance = 1 - math.comb(34, 5) / math.comb(36, 5)
+    assert tags["eval/retrieval/a2c/chance_r5"] == pytest.approx(chance)
+    assert tags["eval/retrieval/c2a/chance_r5"] == pytest.approx(5 / 18)
+
+
+def numbered(features, modalities, many):
+    """An `encode` that gives each clip a code of its own, row `number` of `many` {m: (N, D)}; `evaluate` reads test,
+    train and val in this order."""
+    order = {m: iter([features.clips(split).tolist() for split in ("test", "train", "val")]) for m in modalities}
+
+    def encode(model, x, modality):
+        index = torch.tensor(next(order[modality]))[:, None].expand(-1, T)
+        return many[modality][index], index
+    return encode
+
+
+def test_x_retrieval_learns_from_one_and_asks_with_another(toy, monkeypatch):
+    """Text's codes are audio's, rotated; video's are near text's: only the learned map leads from them to audio's."""
+    rotate = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(3)))[0]
+    many, noise = (torch.randn(CLIPS, 32, generator=torch.Generator().manual_seed(seed)) for seed in (4, 5))
+    features, modalities = Features([toy]), ["audio", "video", "text"]
+    train, test = (torch.from_numpy(features.clips(split)) for split in ("train", "test"))
+    monkeypatch.setattr(probes, "EPOCHS", 200)
+    monkeypatch.setattr(probes, "LEARNING_RATE", 1e-2)
+
+    def ranks(codes):
+        tags, _ = probes.evaluate(torch.nn.Module(), numbered(features, modalities, codes), features, modalities, CLIPS,
+                                  CPU, ("x_retrieval",), ("clean",), (), "softmax", {})
+        return {name: tags[f"eval/x_retrieval/t2v_to_audio/{name}"] for name in ("r1", "zero_r10", "same_r10",
+                                                                                 "chance_r10", "class_chance_r10")}
+
+    codes = {"audio": many, "text": many @ rotate, "video": many @ rotate + 0.2 * noise}
+    found = ranks(codes)
+    assert found["r1"] > 0.8 > 0.5 > found["zero_r10"] and found["same_r10"] == 1
+    assert found["chance_r10"] == pytest.approx(10 / 36)
+    assert found["class_chance_r10"] == pytest.approx(1 - math.comb(24, 10) / math.comb(36, 10))
+    wrong = {m: value.clone() for m, value in codes.items()}
+    wrong["text"][train] = noise[train]  # nothing to learn from
+    assert ranks(wrong)["r1"] < 0.3
+    wrong = {m: value.clone() for m, value in codes.items()}
+    wrong["video"][test] = noise[test]  # nothing to ask with
+    assert ranks(wrong)["r1"] < 0.3 and ranks(wrong)["same_r10"] == 1
+
+
+def test_segmentation_needs_the_query(tmp_path, toy, monkeypatch):
+    """Where two digits are in the picture, only the query tells which is meant."""
+    monkeypatch.setattr(probes, "MASK_EPOCHS", 150)
+    monkeypatch.setattr(probes, "MASK_LEARNING_RATE", 1e-2)
+    tags = ask(toy, "segmentation")
+    for way in ("a2t", "t2a"):
+        found = {name: tags[f"segmentation/{way}/{name}"] for name in ("miou", "f_score", "several_miou",
+                 "several_miou_shuffled_query", "several_miou_constant_query", "several_miou_no_query", "miou_nothing")}
+        assert found["miou"] > 0.9 and found["f_score"] > 0.9 and found["several_miou"] > 0.9, found
+        assert max(found[f"several_miou_{name}_query"] for name in ("shuffled", "constant", "no")) < 0.7, found
+        assert found["miou_nothing"] == 0
+
+    def nonsense(h5, split):  # on training clips, sentences say nothing
+        h5["text"][:48] = 0
+    tags = ask(write_toy(tmp_path / "nonsense.h5", nonsense), "segmentation")
+    assert tags["segmentation/a2t/several_miou"] > 0.9 > 0.7 > tags["segmentation/t2a/several_miou"]
+
+    def elsewhere(h5, split):  # on test clips, masks lie elsewhere: whoever has not seen them cannot know
+        h5["mask"][60:] = np.roll(h5["mask"][60:], 4, 3)
+    tags = ask(write_toy(tmp_path / "elsewhere.h5", elsewhere), "segmentation")
+    assert tags["segmentation/a2t/miou"] < 0.1
+
+
+class Noisy(torch.nn.Module):
+    """A model with dropout, whose codes change in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = torch.nn.Dropout(0.3)
+
+    def encode(self, model, x, modality):
+        quantized, index = honest(model, x, modality)
+        index = torch.where(model.dropout(torch.ones(index.shape)) > 0, index, 0)
+        return honest(model, index[..., None].float(), modality)
+
+
+def test_tasks_do_not_touch_each_other(toy):
+    model = Noisy()
+    settings = {"protocols": ("clean", "paper"), "encode": model.encode, "model": model}
+    every = ask(toy, *probes.TASKS, known=(1, 2), **settings)
+    alone = [ask(toy, task, known=(2,), **settings) for task in probes.TASKS]
+    for tags in alone:
+        assert tags == {tag: every[tag] for tag in tags}
+    assert set(every) == {tag for tags in alone for tag in tags} | {t for t in every if t.startswith("open_set_1/")}
+
+
+def test_each_score_has_its_own_threshold(toy, monkeypatch):
+    used, original = [], probes.open_set_metrics
+    monkeypatch.setattr(probes, "open_set_metrics", lambda *args: used.append((args[0], args[4])) or original(*args))
+    figures = {score: ask(toy, "open_set", known=(2,), score=score) for score in probes.SCORES}
+    for score, tags in figures.items():
+        for way, name in itertools.product(("a2t", "t2a"), ("hos", "auroc")):
+            shown = tags[f"open_set_2/{way}/{name}"]
+            assert all(f[f"open_set_2/{way}/{name}_{score}"] == shown for f in figures.values())
+    for i, score in enumerate(probes.SCORES):  # four calls for a target, then one that rejects none
+        thresholds = [threshold for _, threshold in used[i::5]]
+        low, high = {"softmax": (0, 1), "logit": (-99, 99), "energy": (-99, 99), "distance": (-99, 0)}[score]
+        assert all(low <= threshold <= high for threshold in thresholds)
+    assert len({round(threshold, 4) for _, threshold in used[:4]}) == 4 and used[4][1] == -math.inf
+
+
+def test_distance_of_a_code_to_itself_is_zero():
+    codes = codes_of(torch.arange(60).reshape(15, 4), width=64, size=60)
+    assert (probes.known_scores(torch.zeros(15, 2), codes, codes)["distance"] == 0).all()
+
+
+def test_the_released_settings():
+    table = {module.METHOD: module.paper_settings(6) for module in (micu, uni_code, codaar)}
+    shown = {(name, task): tuple(setting.values()) for name, tasks in table.items() for task, setting in tasks.items()}
+    assert shown == {
+        ("micu", "classification"): (24, 4e-4, 80, "acc"), ("uni_code", "classification"): (24, 4e-4, 80, "acc"),
+        ("codaar", "classification"): (24, 2.5e-4, 256, "macro_precision"),
+        ("micu", "localization"): (24, 4e-4, 80, "f1", (1,)),
+        ("uni_code", "localization"): (44, 4e-4, 80, "precision", (1,)),
+        ("codaar", "localization"): (44, 4e-4, 64, "precision", (1, 2, 2)),
+        **{(name, "open_set"): (19, 4e-4, 80, "hos") for name in table}}
+
+
+def few_tests(h5, split):
+    h5["split"][:] = np.repeat([0, 2], [90, 6])
+
+
+def few_groups(h5, split):
+    h5["group"] = np.arange(CLIPS) // 12
+
+
+def unlabelled(h5, split):
+    h5["label"][:] = -1
+
+
+def without(name):
+    return lambda h5, split: h5.__delitem__(name)
+
+
+@pytest.mark.parametrize("task, change, needles", [
+    ("x_retrieval", few_tests, ["10 clips"]), ("retrieval", few_groups, ["10 clips or groups"]),
+    ("classification", unlabelled, ["no labelled clip"]), ("segmentation", unlabelled, ["no labelled clip"]),
+    ("segmentation", without("mask"), ["masks of one size"]),
+    ("localization", without("events/audio"), ["events/<modality>", "video"]),
+])
+def test_what_a_file_lacks_is_said_at_once(tmp_path, task, change, needles):
+    features = Features([write_toy(tmp_path / "lacking.h5", change)])
+    with pytest.raises(InputError) as caught:
+        probes.check_request(features, features.shape, (task,), ())
+    assert all(needle in str(caught.value) for needle in needles) and "\n" not in str(caught.value)
+
+
+def test_loss_scale_of_binary_cross_entropy():
+    """The released loss is a mean over all entries, background included."""
+    probe, codes = probes.SegmentProbe(6, 2, (6,), False), codes_of([[1, 5], [7, 2]])
+    target = torch.ones(2, 2, 3)
+    assert torch.equal(probe.loss(codes, target), F.binary_cross_entropy_with_logits(probe(codes), target))
+
+
+def test_a_run_with_every_task_equals_the_command_line(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = "--batch-size 8 --codebook-size 64 --code-dim 64 --cujp-samples 2 --epochs 1 --protocol clean"
+    run_here("micu.py", "--data", tiny, *options.split(), "--tasks", "localization", "segmentation")
+    run = run_folder(tmp_path)
+    run_here("probes.py", run, "--protocol", "clean", "--out", "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads((run / "results.json").read_text())["metrics"]
