@@ -2,6 +2,7 @@
 
 Everything happens in temporary folders outside the repository.
 """
+import io
 import json
 import os
 import runpy
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,12 +78,21 @@ def run_here(*args) -> int:
             signal.signal(number, handler)
 
 
+def captured_here(*args, cwd) -> SimpleNamespace:
+    """`run_script` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        code = run_here(*args)
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
 def finished_run(script: str, cwd, data: str, modalities: tuple, options: str, protocols: tuple, known: tuple,
-                 tasks: tuple = CLIPS):
-    """A run by subprocess in the folder `cwd`, as a user makes it, with what it left and printed."""
+                 tasks: tuple = CLIPS, by=run_script):
+    """A run in the folder `cwd`, by subprocess as a user makes it or in this process, with what it left and printed."""
     options += f" --epochs 1 --batch-size 40 --codebook-size 64 {SCRIPTS[script]}"
-    done = run_script(f"{script}.py", "--data", data, "--modalities", *modalities, "--protocol", *protocols,
-                      "--tasks", *tasks, *options.split(), cwd=cwd)
+    done = by(f"{script}.py", "--data", data, "--modalities", *modalities, "--protocol", *protocols,
+              "--tasks", *tasks, *options.split(), cwd=cwd)
     assert done.returncode == 0, done.stderr
     run = run_folder(cwd)
     return SimpleNamespace(script=script, modalities=modalities, protocols=protocols, known=known, tasks=tasks, cwd=cwd,

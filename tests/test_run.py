@@ -25,8 +25,8 @@ import codaar
 import micu
 import probes
 import uni_code
-from conftest import (CLIPS, SCRIPTS, command, edit, finished_run, read_metrics, read_results, run_folder, run_here,
-                      run_script)
+from conftest import (CLIPS, SCRIPTS, captured_here, command, edit, finished_run, read_metrics, read_results,
+                      run_folder, run_here, run_script)
 from data import Batches, Features, InputError
 
 TINY = "--epochs 2 --batch-size 8 --codebook-size 64 --code-dim 64 --protocol clean".split()
@@ -92,6 +92,14 @@ class Here:
         return str(caught.value)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_probes():
+    """One epoch of the clean probes in this process: most of these tests are not about what they find."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "EPOCHS", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def script(request) -> str:
     """The script under test: micu where nothing else is said, for most of the program is one text in all of them."""
@@ -115,13 +123,13 @@ COMBINATIONS = [("micu", "audio video text"), ("micu", "audio video"), ("micu", 
 
 @pytest.fixture(scope="session", params=COMBINATIONS, ids=": ".join)
 def smoke(request, small, tmp_path_factory, default_runs):
-    """Finished runs by subprocess, one per script and set of modalities."""
+    """Finished runs, one per script and set of modalities; those of all three are by subprocess."""
     script, modalities = request.param[0], tuple(request.param[1].split())
     if len(modalities) == 3:
         return default_runs[script]
     settings = ("--log-every 1", ("clean",), (5,)) if "video" in modalities else \
         ("--code-dim 64 --known 3 8", ("paper",), (3, 8))
-    return finished_run(script, tmp_path_factory.mktemp("smoke"), small, modalities, *settings)
+    return finished_run(script, tmp_path_factory.mktemp("smoke"), small, modalities, *settings, by=captured_here)
 
 
 def expected_tags(modalities, protocols, known, script="micu", tasks=CLIPS) -> set:
@@ -290,8 +298,9 @@ def test_progress_bar_in_a_terminal(here, monkeypatch, capsys):
 
 
 @EVERY_SCRIPT
-def test_training_teaches_what_no_modality_shows_alone(here, small):
-    options = {"micu": "--epochs 5", "uni_code": "--epochs 12 --commitment-cost 0.25", "codaar": "--epochs 12"}
+def test_training_teaches_what_no_modality_shows_alone(here, small, monkeypatch):
+    monkeypatch.setattr(probes, "EPOCHS", 5)
+    options = {"micu": "--epochs 5", "uni_code": "--epochs 12 --commitment-cost 0.25", "codaar": "--epochs 8"}
     options = options[here.script]  # epochs of five steps
     run = here(*AUDIO_TEXT, *options.split(), "--batch-size", 32, "--code-dim", 256, data=small)
     metrics = read_results(run)["metrics"]
@@ -779,8 +788,10 @@ def oracle(small):
         return encode
 
     def probe(encode, features=features):
-        return probes.evaluate(torch.nn.Module(), encode, features, ["audio", "text"], 10, torch.device("cpu"),
-                               CLIPS, ("clean",), (5,), "softmax", {})[0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(probes, "EPOCHS", 5)
+            return probes.evaluate(torch.nn.Module(), encode, features, ["audio", "text"], 10, torch.device("cpu"),
+                                   CLIPS, ("clean",), (5,), "softmax", {})[0]
 
     return make, probe
 
@@ -988,7 +999,7 @@ def test_probe_code_changes_what_probes_read_and_nothing_else(here, straight):
     assert metrics != before
 
 
-@EVERY_SCRIPT
+@pytest.mark.parametrize("script", ["micu", "codaar"], indirect=True)
 def test_four_modalities(here, tmp_path):
     """Optical flow, here the differences of frames, as the fourth."""
     with h5py.File(here.data) as h5:
