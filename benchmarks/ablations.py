@@ -90,8 +90,6 @@ ROWS = {  # method: {row: (flags, seeds)}
         **{f"cascade {order}": (f"--cascade {order}", 1) for order in (  # Table 7
             "text video audio", "audio text video", "audio video text", "video text audio", "video audio text")},
         "constant commitment": ("--commitment-cost 0.25 --commitment-warmup 0", 1),
-        "128 codes": ("--codebook-size 128", 1),
-        "own codewords": ("--probe-code own", 1),
     },
 }
 COLUMNS = ["classification/v2a/acc", "classification/a2v/acc", "classification/t2a/acc", "classification/t2v/acc",
