@@ -281,7 +281,7 @@ def test_printed_table(smoke):
         assert cell == (f"{value:.0f}" if plain else f"{100 * value:.1f}"), tag
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["micu", "codaar"])  # every task; rows of several codebooks
 def test_probes_print_the_same_table_again(default_runs, script):
     default_run = default_runs[script]
     again = run_script("probes.py", default_run.run, "--out", "again.json", cwd=default_run.cwd)
@@ -300,7 +300,7 @@ def test_progress_bar_in_a_terminal(here, monkeypatch, capsys):
 @EVERY_SCRIPT
 def test_training_teaches_what_no_modality_shows_alone(here, small, monkeypatch):
     monkeypatch.setattr(probes, "EPOCHS", 5)
-    options = {"micu": "--epochs 5", "uni_code": "--epochs 12 --commitment-cost 0.25", "codaar": "--epochs 8"}
+    options = {"micu": "--epochs 5", "uni_code": "--epochs 9 --commitment-cost 0.25", "codaar": "--epochs 8"}
     options = options[here.script]  # epochs of five steps
     run = here(*AUDIO_TEXT, *options.split(), "--batch-size", 32, "--code-dim", 256, data=small)
     metrics = read_results(run)["metrics"]
@@ -999,14 +999,13 @@ def test_probe_code_changes_what_probes_read_and_nothing_else(here, straight):
     assert metrics != before
 
 
-@pytest.mark.parametrize("script", ["micu", "codaar"], indirect=True)
+@pytest.mark.parametrize("script", ["codaar"], indirect=True)
 def test_four_modalities(here, tmp_path):
     """Optical flow, here the differences of frames, as the fourth."""
     with h5py.File(here.data) as h5:
         flow = np.diff(h5["video"][:], axis=1, append=0)
     data = edit(here.data, tmp_path / "four.h5", flow=flow)
-    order = ["--cascade", "flow", "video", "text", "audio"] if here.script == "codaar" else []
-    run = here(*TINY, *order, data=data)
+    run = here(*TINY, "--cascade", "flow", "video", "text", "audio", data=data)
     ways = {tag.split("/")[2] for tag in read_results(run)["metrics"] if "/classification/" in tag}
     assert ways == {f"{a}2{b}" for a in "avtf" for b in "avtf" if a != b}
 
@@ -1035,7 +1034,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@EVERY_SCRIPT
+@pytest.mark.parametrize("script", ["micu", "codaar"], indirect=True)
 def test_compile_traces_every_network(here, default, monkeypatch, fresh_compiler):
     """Traced, but run without generated code, which would take a minute to make."""
     compiled, original = [], torch.compile
