@@ -71,7 +71,7 @@ def analyse(run: Path) -> dict:
         chosen = [code["test", m][both] for m in (a, b)]
         seen = (votes.sum(1) > 0)[torch.stack(chosen)].all(0)  # a code without meaning agrees with none
         table[f"{a}, {b}"] = {name: agreement(*(to[c[seen]] for c in chosen)) for name, to in maps.items()}
-    return {"args": asdict(args), "pairs": table}
+    return {"args": {k: v for k, v in asdict(args).items() if k != "runs_dir"}, "pairs": table}
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
