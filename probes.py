@@ -822,6 +822,8 @@ def main(run: tyro.conf.Positional[str], files: tyro.conf.Positional[tuple[str, 
     features = Features(data_files(files or args.probe_data or args.data, args.runs_dir))
     tasks = tasks or args.tasks or default_tasks(features)
     check_request(features, shape, tasks, known)
+    if out and not Path(out).parent.is_dir():
+        raise InputError(f"--out {out}: the folder does not exist")
     tags, _ = evaluate(model.to(device), method.encode, features, list(shape), args.codebook_size, device, tasks,
                        protocol, known, score, method.paper_settings(args.epochs))
     if out:

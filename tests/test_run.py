@@ -284,6 +284,8 @@ def test_printed_table(smoke):
 @pytest.mark.parametrize("script", ["micu", "codaar"])  # every task; rows of several codebooks
 def test_probes_print_the_same_table_again(default_runs, script):
     default_run = default_runs[script]
+    lost = run_script("probes.py", default_run.run, "--out", "absent/again.json", cwd=default_run.cwd)
+    assert lost.returncode == 2 and lost.stderr.startswith("error: --out absent/again.json") and not lost.stdout
     again = run_script("probes.py", default_run.run, "--out", "again.json", cwd=default_run.cwd)
     assert again.returncode == 0, again.stderr
     assert rows(again.stdout) == rows(default_run.done.stdout.rstrip().rsplit("\n", 1)[0])
