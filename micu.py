@@ -47,6 +47,8 @@ class Args:
     # training features: `digits` (embedded, composed on first use) or cmg-features files
     data: tuple[str, ...] = ("digits",)
     probe_data: tuple[str, ...] = ()  # features for the probes; default: the splits of the training data
+    probe_target: tuple[str, ...] = ()  # features to test the probes on; default: the test split of the probe data
+    class_map: tuple[str, ...] = ()  # classes of the probe target with other names: "target's name=source's name"
     modalities: tuple[str, ...] = ()  # two or more modalities of the data; default: all
     epochs: Optional[int] = None  # passes over the train split; default: 5
     batch_size: int = 80  # clips per step, B
@@ -73,7 +75,8 @@ class Args:
     protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper")
     # what is probed at the end and every `eval_every` epochs; default: classification and open_set if there are labels
     tasks: tuple[Literal[probes.TASKS], ...] = ()
-    known: tuple[int, ...] = ()  # open-set tasks, by number of known classes; default: half of the classes
+    # open-set tasks: a number of known first classes, or class numbers such as 0,2,4; default: half of the classes
+    known: tuple[str, ...] = ()
     score: Literal[probes.SCORES] = "softmax"  # by which unknown clips are told from known ones; results.json has all
     ema_decay: float = 0.99  # decay of the codebook's moving averages, gamma
     # reset a code that some modality (unshared) or that every modality (unused) left alone for N_re steps
@@ -570,13 +573,14 @@ if __name__ == "__main__":
     # ---- data
     features = Features(data_files(args.data, args.runs_dir))
     probe_features = Features(data_files(args.probe_data, args.runs_dir)) if args.probe_data else features
+    probe_target = Features(data_files(args.probe_target, args.runs_dir)) if args.probe_target else None
     small = len(features.clips("train")) < 10_000
     shape = settle(args, features, {
         "epochs": 5, "reset_after": 10 if small else 300, "recon_width": 1 if small else 2,  # METHOD
         "cujp_samples": 8 if small else 0})  # METHOD
     modalities = list(shape)
     args.tasks = args.tasks or probes.default_tasks(probe_features)
-    probes.check_request(probe_features, shape, args.tasks, args.known)
+    probes.check_request(probe_features, shape, args.tasks, args.known, probe_target, args.class_map)
     batches = Batches(features, modalities, "train", args.batch_size, device, args.seed, args.features_on)
     steps, origin = args.epochs * len(batches), {"data_sha256": features.sha256(), "git": git_commit()}
     seconds = {"data": time.perf_counter() - clock}
@@ -635,13 +639,14 @@ if __name__ == "__main__":
         if device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(device)
         write(run / "checkpoint.pt", lambda path: torch.save(
-            {"method": METHOD, "args": asdict(args), "shape": shape, "step": step, "rng": rng, "seconds": seconds,
-             **origin, **{name: owner.state_dict() for name, owner in owners.items()}}, path))
+            {"method": METHOD, "args": asdict(args), "shape": shape, "step": step, "epoch": step // len(batches),
+             "rng": rng, "seconds": seconds, **origin,
+             **{name: owner.state_dict() for name, owner in owners.items()}}, path))
 
     def evaluate(step: int):
         tags, selections = probes.evaluate(model, encode, probe_features, modalities, args.codebook_size, device,
                                            args.tasks, args.protocol, args.known, args.score,
-                                           paper_settings(step // len(batches)))
+                                           paper_settings(step // len(batches)), probe_target, args.class_map)
         log(tags, step)
         return tags, selections
 

@@ -2,7 +2,9 @@
 
     python probes.py RUN                                      probe a finished run again, on its own data
     python probes.py RUN FILE --tasks localization retrieval  other tasks, on another cmg-features file
-    python probes.py RUN --tasks open_set --known 3 5 7 --score energy --protocol clean
+    python probes.py RUN --tasks open_set --known 3 5 7 0,2,4 --score energy --protocol clean
+    python probes.py RUN ucf.h5 --target vgg.h5 --class-map "playing cello=PlayingCello"     trained on one file, tested
+                                                              on another, which may hold one modality each
 
 `clean`: encoder in eval mode, last probe epoch, open-set threshold from held-out clips of the *source* modality;
 nothing is chosen with test labels. `paper`: what the released scripts compute, tags end in `_paper`: dropout stays on
@@ -11,6 +13,7 @@ scored on the very clips of the training split, in the other modality. The model
 `encode(model, features, modality) -> (quantized (N, T, D), code_index (N, T))`, one vector a code; this file knows
 nothing of the methods.
 """
+import copy
 import hashlib
 import importlib
 import itertools
@@ -28,8 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-from data import (SPLITS, Features, InputError, data_files, explain_input_errors, first_line, pick_device,
-                  require_shape)
+from data import Features, InputError, data_files, explain_input_errors, first_line, pick_device, require_shape
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE = 5, 4e-4, 80  # of the clean probes; by then the held-out source loss has levelled
 REJECT = 0.05  # share of held-out known source clips that the clean open-set threshold rejects
@@ -183,8 +185,10 @@ def codebook_metrics(code_index: dict, codebook_size: int):
     pairs = itertools.combinations(code_index.values(), 2)
     tags = {f"used_{m}": (row > 0).sum().item() for m, row in zip(code_index, counts)}
     tags |= {f"perplexity_{m}": row.exp().item() for m, row in zip(code_index, torch.special.entr(share).sum(1))}
-    tags["agreement"] = torch.stack([(a == b).double().mean() for a, b in pairs]).mean().item()
-    return tags | code_sharing(counts, SHARE), dict(zip(code_index, counts))
+    agreement = [(a == b).double().mean() for a, b in pairs]
+    if agreement:  # a file of one modality has none
+        tags |= {"agreement": torch.stack(agreement).mean().item(), **code_sharing(counts, SHARE)}
+    return tags, dict(zip(code_index, counts))
 
 
 # -------------------------------------------------------------------------------------------------------------- probes
@@ -302,15 +306,113 @@ def direction(source: str, target: str, modalities: list) -> str:
     return f"{source}2{target}" if ambiguous else f"{source[0]}2{target[0]}"
 
 
-# ----------------------------------------------------------------------------------------------------------- protocols
-def known_counts(features: Features, known: tuple) -> tuple:
-    return tuple(known) or (len(features.classes) // 2,)
+# --------------------------------------------------------------------------------------------- what probes see of files
+class ProbeSet:
+    """Clips of a source or a target as probes see them: labels by the numbers of `classes`, codes made when asked for.
+
+    `names` renames the file's classes; those that are not among `classes` are one more, number C. `read` makes the
+    Codes of clips: (features, modality, clips) -> Codes."""
+
+    def __init__(self, features: Features, classes: list, names: dict, device, read=None):
+        number = {name: i for i, name in enumerate(classes)}
+        place = [number.get(names.get(name, name), len(classes)) for name in features.classes]
+        self.features, self.classes, self.device, self.read, self.known_codes = features, classes, device, read, {}
+        self.place = np.array([*place, -1])  # the last one of clips without a label, -1
+        self.label = torch.from_numpy(self.place[features.label]).to(device)  # (N,)
+
+    def codes(self, modality: str, clips) -> Codes:
+        """Codes of these clips; each clip is encoded once."""
+        if modality not in self.known_codes:
+            index = torch.full((len(self.label), self.features.shape[modality][0]), -1, device=self.device)
+            self.known_codes[modality] = Codes(None, index)
+        kept = self.known_codes[modality]
+        new = clips[(kept.index[clips, 0] < 0).cpu().numpy()]
+        if len(new):
+            fresh = self.read(self.features, modality, new)
+            kept.rows = torch.zeros_like(fresh.rows) if kept.rows is None else kept.rows
+            used = fresh.index.unique()
+            kept.rows[used], kept.index[new] = fresh.rows[used], fresh.index
+        return kept[clips]
 
 
-def labelled_clips(features: Features) -> dict:
-    """{split: indices of the labelled clips with one event}"""
-    clips = {split: features.single_event(features.clips(split)) for split in SPLITS}
-    return {split: index[features.label[index] >= 0] for split, index in clips.items()}
+@dataclass
+class Part:
+    """Some clips of a set: what a probe trains or is tested on."""
+    of: ProbeSet
+    clips: np.ndarray
+
+    @property
+    def features(self) -> Features:
+        return self.of.features
+
+    @property
+    def label(self):
+        """(n,) class, C for those that the probes do not know, -1 without"""
+        return self.of.label[self.clips]
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, keep):
+        return Part(self.of, self.clips[np.asarray(keep)])
+
+    def codes(self, modality: str) -> Codes:
+        return self.of.codes(modality, self.clips)
+
+    def events(self, modality: str):
+        """(n, T, C) uint8: what happens when; classes that the probes do not know never happen."""
+        happens, place = self.features.read(f"events/{modality}", self.clips), self.of.place[:-1]
+        of_class = [happens[..., place == i].any(-1) for i in range(len(self.of.classes))]
+        return np.stack(of_class, -1).astype(np.uint8)
+
+    def labelled(self):
+        """Those with a class"""
+        return self[(self.label >= 0).cpu()]
+
+    def single(self):
+        """The labelled ones with one event"""
+        return Part(self.of, self.features.single_event(self.clips)).labelled()
+
+
+def parts_of(source: ProbeSet, target: Optional[ProbeSet]) -> dict:
+    """{name: Part}: `train`, `val` and `same` (the source's test clips), `test`, and what the released probes use: a
+    file's own splits, but with a target of its own all clips on either side."""
+    parts = {name: Part(source, source.features.clips(split)) for name, split in
+             (("train", "train"), ("val", "val"), ("same", "test"))}
+    if target is None:
+        return parts | {"test": parts["same"], "paper_train": parts["train"], "paper_test": parts["same"]}
+    parts["test"] = Part(target, target.features.clips("test"))
+    return parts | {"paper_train": Part(source, np.arange(len(source.features))),
+                    "paper_test": Part(target, np.arange(len(target.features)))}
+
+
+def class_names(features: Features, target: Optional[Features], class_map: tuple):
+    """The classes of the probes, those that both sides have, in the source's order; {target's name: source's name}.
+
+    `class_map` has entries `target's name=source's name`; other names stay. Raises InputError on names not there."""
+    names = dict(entry.split("=", 1) for entry in class_map if "=" in entry)
+    for entry in class_map:
+        theirs, ours = entry.split("=", 1) if "=" in entry else (entry, None)
+        if target is None or ours not in features.classes or theirs not in target.classes:
+            raise InputError(f"--class-map '{entry}': expected 'class of --target=class of the source'")
+    if target is None or not target.classes:
+        return features.classes, names
+    shared = {names.get(name, name) for name in target.classes}
+    return [name for name in features.classes if name in shared], names
+
+
+def known_sets(known: tuple, classes: list) -> dict:
+    """--known -> {entry: numbers of the known classes}: `5` the first five, `0,2,4` these three; default: the first
+    half. Raises InputError on anything else."""
+    sets = {}
+    for entry in map(str, known or (len(classes) // 2,)):
+        parts = entry.split(",")
+        if not all(part.isdecimal() for part in parts):
+            raise InputError(f"--known {entry}: give a number of first classes, or class numbers such as 0,2,4")
+        sets[entry] = sorted(set(map(int, parts))) if len(parts) > 1 else list(range(int(entry)))
+        if not sets[entry] or max(sets[entry]) >= len(classes):
+            raise InputError(f"--known {entry}: the data has {len(classes)} classes, numbered from 0")
+    return sets
 
 
 def default_tasks(features: Features) -> tuple:
@@ -329,7 +431,8 @@ def groups(features: Features, clips):
 
 def localized(features: Features, modalities) -> list:
     """The modalities whose events are annotated segment by segment, in every file."""
-    return [m for m in modalities if all(m in file.h5.get("events", {}) for file in features.files)]
+    return [m for m in modalities if m in features.modalities
+            and all(m in file.h5.get("events", {}) for file in features.files)]
 
 
 def maps_with_masks(features: Features, modalities) -> list:
@@ -337,154 +440,183 @@ def maps_with_masks(features: Features, modalities) -> list:
     size = features.files[0].h5["mask"].shape[2:] if "mask" in features.files[0].h5 else None
     if size is None or any("mask" not in file.h5 or file.h5["mask"].shape[2:] != size for file in features.files):
         return []
-    shape = {m: features.shape[m] for m in modalities if len(features.shape[m]) == 4}
+    shape = {m: features.shape[m] for m in modalities if len(features.shape.get(m, ())) == 4}
     return [m for m, (_, *cells, _) in shape.items() if all(a % b == 0 for a, b in zip(size, cells))]
 
 
-def check_request(features: Features, shape: dict, tasks: tuple, known: tuple) -> None:
+def ordered_pairs(sources, targets) -> list:
+    """(trained on, tested on), a modality and another one"""
+    return [(a, b) for a in sources for b in targets if a != b]
+
+
+def check_request(features: Features, shape: dict, tasks: tuple, known: tuple, target: Optional[Features] = None,
+                  class_map: tuple = ()) -> None:
     """Raise InputError before any training if the probes could not run on these features, of a model for `shape`."""
-    path = features.files[0].path
-    shared = [m for m in shape if m in features.modalities]
-    if len(shared) < 2:
-        raise InputError(f"{path}: holds {' '.join(features.modalities)}, probes need two of {' '.join(shape)}")
-    for m in shared:
-        if tuple(features.shape[m]) != tuple(shape[m]):
-            raise InputError(f"{path}: {m} has shape {tuple(features.shape[m])}, the model wants {tuple(shape[m])}")
+    sides = [features] if target is None else [features, target]
+    held = [[m for m in shape if m in side.modalities] for side in sides]
+    path, end = features.files[0].path, sides[-1].files[0].path
+    for side, names in zip(sides, held):
+        for m in names:
+            if tuple(side.shape[m]) != tuple(shape[m]):
+                raise InputError(f"{side.files[0].path}: {m} has shape {tuple(side.shape[m])}, the model wants "
+                                 f"{tuple(shape[m])}")
+    if not ordered_pairs(held[0], held[-1]):
+        raise InputError(f"{path}: holds {' '.join(features.modalities)}, probes need two of {' '.join(shape)}"
+                         + (f", one here and another in {end}" if target else ""))
+    classes, names = class_names(features, target, class_map)
+    parts = parts_of(*(ProbeSet(side, classes, names if side is target else {}, "cpu") for side in sides),
+                     *([None] if target is None else []))
+    where = {"train": path, "val": path, "test": end}
+    if target and not classes and {"classification", "open_set", "localization"} & set(tasks):
+        raise InputError(f"{path}: no class in common with {end}; --class-map renames those of the target")
+
+    def need(task: str, **counts):
+        for split, clips in counts.items():
+            if clips == 0:
+                raise InputError(f"{where[split]}: the {split} split is empty, --tasks {task} needs clips there")
+
     if "localization" in tasks:
-        if len(localized(features, shared)) < 2:
+        annotated = [localized(side, shape) for side in sides]
+        if not ordered_pairs(annotated[0], annotated[-1]):
             raise InputError(f"{path}: --tasks localization needs events/<modality> of two modalities, found those of "
-                             f"{' '.join(localized(features, shared)) or 'none'}")
-        for split in ("train", "test"):
-            if len(features.clips(split)) == 0:
-                raise InputError(f"{path}: the {split} split is empty, --tasks localization needs it")
+                             f"{' '.join(dict.fromkeys(sum(annotated, []))) or 'none'}")
+        need("localization", train=len(parts["train"]), test=len(parts["test"]))
     for task in {"retrieval", "x_retrieval"} & set(tasks):
-        if len(set(groups(features, features.clips("test")).tolist())) < max(RANKS):
-            raise InputError(f"{path}: --tasks {task} needs {max(RANKS)} clips or groups in the test split")
-    if "x_retrieval" in tasks and (len(shared) < 3 or len(features.clips("train")) == 0):
+        if len(held[-1]) < 2 or len(set(groups(sides[-1], parts["test"].clips).tolist())) < max(RANKS):
+            raise InputError(f"{end}: --tasks {task} needs two modalities and {max(RANKS)} clips or groups in the test "
+                             "split")
+    both = [m for m in held[0] if m in held[-1]]
+    if "x_retrieval" in tasks and (len(both) < 3 or len(parts["train"]) == 0):
         raise InputError(f"{path}: --tasks x_retrieval needs three modalities and a train split, found "
-                         f"{' '.join(shared)} and {len(features.clips('train'))} clips")
+                         f"{' '.join(both)} and {len(parts['train'])} clips")
     if "segmentation" in tasks:
-        if len(maps_with_masks(features, shared)) != 1 or len(shared) < 3:
+        if any(maps_with_masks(side, both) != maps_with_masks(features, both) for side in sides) or \
+                len(maps_with_masks(features, both)) != 1 or len(both) < 3:
             raise InputError(f"{path}: --tasks segmentation needs masks of one size, a single modality of maps whose "
                              "cells divide them, and two other modalities to ask with")
         for split in ("train", "test"):
-            if not (features.label[features.clips(split)] >= 0).any():
-                raise InputError(f"{path}: no labelled clip in the {split} split, --tasks segmentation needs them")
+            if len(parts[split].labelled()) == 0:
+                raise InputError(f"{where[split]}: no labelled clip in the {split} split, --tasks segmentation needs "
+                                 "them")
     if not {"classification", "open_set"} & set(tasks):
         return
-    clips = labelled_clips(features)
-    for split, index in clips.items():
-        if len(index) == 0:
-            raise InputError(f"{path}: the {split} split is empty (no labelled clip with one event), probes need one")
-    for k in known_counts(features, known) if "open_set" in tasks else ():
-        if not 1 <= k < len(features.classes):
-            raise InputError(f"--known {k}: the data has {len(features.classes)} classes, give 1 to "
-                             f"{len(features.classes) - 1}")
-        for split, index in clips.items():
-            is_known = features.label[index] < k
+    label = {split: parts[split].single().label for split in where}
+    for split, found in label.items():
+        if len(found) == 0:
+            raise InputError(f"{where[split]}: the {split} split is empty (no labelled clip with one event), probes "
+                             "need one")
+    if not np.isin(label["train"], label["test"][label["test"] < len(classes)]).any():
+        raise InputError(f"{path}: no class of its training clips is tested in {end}")
+    for entry, numbers in (known_sets(known, classes) if "open_set" in tasks else {}).items():
+        for split, found in label.items():
+            is_known = np.isin(found, numbers)
             if not is_known.any() or split == "test" and is_known.all():
                 lacking = "unknown" if is_known.any() else "known"
-                raise InputError(f"{path}: the {split} split has no {lacking} classes for --known {k}")
+                raise InputError(f"{where[split]}: the {split} split has no {lacking} classes for --known {entry}")
 
 
+# ----------------------------------------------------------------------------------------------------------- protocols
 def evaluate(model, encode, features: Features, modalities: list, codebook_size: int, device, tasks: tuple,
-             protocols: tuple, known: tuple, score: str, paper: dict):
-    """The probes of `tasks` for a model on `features`. `paper`: per task the released settings of the method.
+             protocols: tuple, known: tuple, score: str, paper: dict, target: Optional[Features] = None,
+             class_map: tuple = ()):
+    """The probes of `tasks` for a model: trained on `features`, tested on `target` or, without one, on their own test
+    split. `paper`: per task the released settings of the method.
 
     Returns ({tag: value}, {m: (K,) code selections on the test clips}). Leaves the model, its mode and the
     random state of the process as they were."""
-    modalities = [m for m in modalities if m in features.modalities]
-    known = known_counts(features, known) if "open_set" in tasks else ()
-    training, label = model.training, torch.from_numpy(features.label)
+    training, (classes, names) = model.training, class_names(features, target, class_map)
+    read = partial(read_codes, model, encode, codebook_size=codebook_size, device=device)
+    source = ProbeSet(features, classes, {}, device, read)
+    parts = parts_of(source, ProbeSet(target, classes, names, device, read) if target else None)
+    present = [[m for m in modalities if m in part.features.modalities] for part in (parts["train"], parts["test"])]
+    pairs, both = ordered_pairs(*present), [m for m in present[0] if m in present[1]]
+    wanted = {None: list(range(len(classes)))} if "classification" in tasks else {}  # {--known: known classes}
+    wanted |= known_sets(known, classes) if "open_set" in tasks else {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.eval()
 
-        def read(m, clips):
-            return read_codes(model, encode, features, m, clips, codebook_size, device)
-
         @lru_cache
-        def noisy(m, whole):  # codes of the training clips with dropout on, as the released probes train
+        def noisy(m):  # codes of the training clips with dropout on, as the released probes train
             torch.manual_seed(0)
             model.train()
-            draws = [read(m, features.clips("train") if whole else single["train"]) for _ in range(DROPOUT_DRAWS)]
+            draws = [read(features, m, parts["paper_train"].clips) for _ in range(DROPOUT_DRAWS)]
             model.eval()
             return draws
 
-        test = features.clips("test") if len(features.clips("test")) else features.clips("train")
-        tested = {m: read(m, test) for m in modalities}
-        tags, counts = codebook_metrics({m: codes.index for m, codes in tested.items()}, codebook_size)
+        shown = parts["test"] if len(parts["test"]) else parts["train"]
+        tags, counts = codebook_metrics({m: shown.codes(m).index for m in present[1]}, codebook_size)
         tags = {f"eval/codebook/{name}": value for name, value in tags.items()}
-        single, whole = labelled_clips(features), {"localization", "x_retrieval", "segmentation"} & set(tasks)
-        clips = {s: features.clips(s) if whole else single[s] for s in ("train", "val")} | {"test": test}
-        codes = {s: {m: read(m, clips[s]) if len(clips[s]) else None for m in modalities} for s in ("train", "val")}
-        codes["test"] = tested
-
-        def only(wanted: dict):
-            """The codes of these clips {split: numbers}"""
-            keep = {s: torch.from_numpy(np.isin(clips[s], wanted[s])).to(device) for s in wanted}
-            return {s: {m: codes[s][m][keep[s]] for m in modalities} for s in wanted}
-
-        if (label >= 0).any() and {"classification", "open_set"} & set(tasks):
-            part = only(single)
-            target = {s: label[single[s]].to(device) for s in SPLITS}
+        if wanted:
+            single = {name: part.single() for name, part in parts.items()}
             if "clean" in protocols:
-                tags |= clean(part, target, features, modalities, tasks, known, score, device)
+                tags |= clean(single, wanted, pairs, modalities, score)
             if "paper" in protocols:
-                tags |= as_published(partial(noisy, whole=False), part, target, features, modalities, tasks, known,
-                                     device, paper)
+                keep = torch.from_numpy(np.isin(parts["paper_train"].clips, single["paper_train"].clips))
+                draws = {a: [draw[keep.to(device)] for draw in noisy(a)] for a, _ in pairs}
+                tags |= as_published(draws, single, wanted, pairs, modalities, paper)
         if "localization" in tasks:
-            tags |= localization(partial(noisy, whole=True), codes, clips, features, modalities, protocols, device,
-                                 paper)
+            tags |= localization(noisy, parts, modalities, protocols, paper)
         if "retrieval" in tasks:
-            tags |= retrieval(tested, features, test, modalities)
+            tags |= retrieval(parts["test"], present[1], modalities)
         if "x_retrieval" in tasks:
-            tags |= x_retrieval(codes, features, clips, modalities, device)
+            tags |= x_retrieval(parts["train"], parts["test"], both, modalities)
         if "segmentation" in tasks:
-            asked = {s: clips[s][features.label[clips[s]] >= 0] for s in ("train", "test")}
-            (seen,) = maps_with_masks(features, modalities)
-            tags |= segmentation(only(asked), asked, features, seen, modalities, device)
+            tags |= segmentation(parts["train"].labelled(), parts["test"].labelled(), both, modalities)
         model.train(training)
     return tags, counts
 
 
-def clean(codes, label, features, modalities, tasks, known, score, device) -> dict:
-    """Nothing is chosen with test labels. codes {split: {m: Codes}}, label {split: (N,)} -> tags"""
-    tags = {}
-    for source in modalities:
-        width = codes["train"][source].rows.shape[-1]
-        for k in (*(None for task in tasks if task == "classification"), *known):  # None: all classes
-            classes = k or len(features.classes)
-            keep = label["train"] < classes
-            run = ProbeTraining(partial(ClipProbe, width, classes), device)
-            seen = codes["train"][source][keep]
-            for _ in range(EPOCHS):
-                run.epoch(seen, label["train"][keep])
-            if k:
-                held_out = codes["val"][source][label["val"] < k]
-                held_out = known_scores(run.logits(held_out), held_out, seen)
-                threshold = {name: value.quantile(REJECT).item() for name, value in held_out.items()}
+def numbered(numbers: list, label, classes: int):
+    """Labels (N,) by their place among the known classes `numbers`; all others become len(numbers), unknown."""
+    place = torch.full((classes + 1,), len(numbers), device=label.device)
+    place[torch.tensor(numbers, device=label.device)] = torch.arange(len(numbers), device=label.device)
+    return place[label]
+
+
+def clean(parts, wanted, pairs, modalities, score) -> dict:
+    """Nothing is chosen with test labels. parts {name: Part}, wanted {None or --known: known classes} -> tags"""
+    tags, own_target, total = {}, parts["test"].of is not parts["train"].of, len(parts["train"].of.classes)
+    for source, (entry, numbers) in itertools.product(dict.fromkeys(a for a, _ in pairs), wanted.items()):
+        used = {name: parts[name] for name in ("train", "val", "same", "test")}
+        if own_target:  # nobody can name a class that has no training clip; classes not in common may be unknown ones
+            ours, theirs = (used[name].label for name in ("train", "test"))
+            for name in ("same", "test"):
+                keep = torch.isin(used[name].label, ours[ours < total]) | ((used[name].label == total) & bool(entry))
+                used[name] = used[name][keep.cpu()]
+            if entry is None:
+                used["train"] = used["train"][torch.isin(ours, theirs[theirs < total]).cpu()]
+        label = {name: numbered(numbers, part.label, total) for name, part in used.items()}
+        keep, known = label["train"] < len(numbers), len(numbers)
+        seen = used["train"].codes(source)[keep]
+        run = ProbeTraining(partial(ClipProbe, seen.rows.shape[-1], known), label["train"].device)
+        for _ in range(EPOCHS):
+            run.epoch(seen, label["train"][keep])
+        if entry is None:
+            same = used["same"].codes(source) if len(used["same"]) else None
+            same = {"acc_same": accuracy(run.logits(same).argmax(-1), label["same"])["acc"]} if same else {}
+        else:
+            held_out = used["val"].codes(source)[label["val"] < known]
+            held_out = known_scores(run.logits(held_out), held_out, seen)
+            threshold = {name: value.quantile(REJECT).item() for name, value in held_out.items()}
+        for target in (b for a, b in pairs if a == source):
+            codes, true = used["test"].codes(target), label["test"]
+            logits, is_known = run.logits(codes), true < known
+            prediction = logits.argmax(-1)
+            if entry is None:
+                result = accuracy(prediction, true)
+                result = {"acc": result["acc"], **same, "macro_recall": result["macro_recall"]}
             else:
-                same = accuracy(run.logits(codes["test"][source]).argmax(-1), label["test"])["acc"]
-            for target in modalities:
-                logits, is_known = run.logits(codes["test"][target]), label["test"] < classes
-                prediction = logits.argmax(-1)
-                if k is None:
-                    result = accuracy(prediction, label["test"])
-                    result = {"acc": result["acc"], "acc_same": same, "macro_recall": result["macro_recall"]}
-                else:
-                    scores = known_scores(logits, codes["test"][target], seen)
-                    every = {name: open_set_metrics(value, prediction, label["test"], k, threshold[name])
-                             for name, value in scores.items()}
-                    result = {**every[score], "hos_oracle": oracle_hos(scores[score], prediction, label["test"], k)}
-                    area = {name: auroc(value[is_known], value[~is_known]) for name, value in scores.items()}
-                    none_rejected = open_set_metrics(scores[score], prediction, label["test"], k, -math.inf)
-                    result |= {"auroc": area[score], "acc_known": none_rejected["os_star"]}
-                    result |= {f"hos_{name}": every[name]["hos"] for name in SCORES}
-                    result |= {f"auroc_{name}": area[name] for name in SCORES}
-                if target != source:
-                    task = f"open_set_{k}" if k else "classification"
-                    path = f"eval/{task}/{direction(source, target, modalities)}"
-                    tags |= {f"{path}/{name}": value for name, value in result.items()}
+                scores = known_scores(logits, codes, seen)
+                every = {name: open_set_metrics(value, prediction, true, known, threshold[name])
+                         for name, value in scores.items()}
+                result = {**every[score], "hos_oracle": oracle_hos(scores[score], prediction, true, known)}
+                area = {name: auroc(value[is_known], value[~is_known]) for name, value in scores.items()}
+                none_rejected = open_set_metrics(scores[score], prediction, true, known, -math.inf)
+                result |= {"auroc": area[score], "acc_known": none_rejected["os_star"]}
+                result |= {f"hos_{name}": every[name]["hos"] for name in SCORES}
+                result |= {f"auroc_{name}": area[name] for name in SCORES}
+            path = f"eval/{'classification' if entry is None else f'open_set_{entry}'}"
+            tags |= {f"{path}/{direction(source, target, modalities)}/{n}": value for n, value in result.items()}
     return tags
 
 
@@ -506,94 +638,101 @@ def best_threshold(confidence, prediction, target, num_known: int) -> dict:
     return max((open_set_metrics(confidence, prediction, target, num_known, t) for t in sweep), key=lambda r: r["hos"])
 
 
-def as_published(noisy, codes, label, features, modalities, tasks, known, device, paper) -> dict:
-    """The released protocol with its leaks; `noisy(m)` are encodings of the training clips with dropout on -> tags"""
-    tags = {}
-    wanted = (*(None for task in tasks if task == "classification"), *known)  # None: all classes
-    shuffled = torch.randperm(len(label["train"]), generator=torch.Generator().manual_seed(0))
-    for source in modalities:
-        width, draws, runs = codes["train"][source].rows.shape[-1], noisy(source), {}
-        for k in wanted:
-            setting = paper["open_set" if k else "classification"]
-            probe = partial(ClipProbe, width, k or len(features.classes))
-            runs[k] = ProbeTraining(probe, device, setting["learning_rate"], setting["batch_size"])
-        for epoch, (k, run) in itertools.product(range(max(s["epochs"] for s in paper.values())), runs.items()):
-            setting = paper["open_set" if k else "classification"]
+def as_published(noisy, parts, wanted, pairs, modalities, paper) -> dict:
+    """The released protocol with its leaks; noisy {m: [Codes]}, encodings of the training clips with dropout -> tags"""
+    tags, total = {}, len(parts["train"].of.classes)
+    # classification without a target of its own: the training clips in the other modality
+    own_target = parts["paper_test"].of is not parts["paper_train"].of
+    scored = {entry: parts["paper_test" if own_target or entry else "paper_train"] for entry in wanted}
+    task = {entry: "open_set" if entry else "classification" for entry in wanted}
+    for source in dict.fromkeys(a for a, _ in pairs):
+        draws, runs = noisy[source], {}
+        label = {entry: numbered(numbers, parts["paper_train"].label, total) for entry, numbers in wanted.items()}
+        for entry, numbers in wanted.items():
+            setting = paper[task[entry]]
+            probe = partial(ClipProbe, draws[0].rows.shape[-1], len(numbers))
+            runs[entry] = ProbeTraining(probe, label[entry].device, setting["learning_rate"], setting["batch_size"])
+        for epoch, (entry, run) in itertools.product(range(max(s["epochs"] for s in paper.values())), runs.items()):
+            setting, known = paper[task[entry]], len(wanted[entry])
             if epoch >= setting["epochs"]:
                 continue
-            keep = label["train"] < (k or len(features.classes))
-            run.epoch(draws[epoch % len(draws)][keep], label["train"][keep])
-            for target in modalities:
-                if target == source:
-                    continue
-                scored = "test" if k else "train"  # classification: the training clips in the other modality
-                logits = run.logits(codes[scored][target])
-                confidence, prediction = logits.softmax(-1).max(-1)
-                if k:
-                    result = best_threshold(confidence, prediction, label[scored], k)
-                elif setting["metric"] == "macro_precision":
-                    order = shuffled.to(prediction.device)  # as the released loader gives them
-                    result = {"macro_precision": macro_precision(prediction[order], label[scored][order],
+            keep = label[entry] < known
+            run.epoch(draws[epoch % len(draws)][keep], label[entry][keep])
+            true = numbered(wanted[entry], scored[entry].label, total)
+            for target in (b for a, b in pairs if a == source):
+                confidence, prediction = run.logits(scored[entry].codes(target)).softmax(-1).max(-1)
+                if entry:
+                    result = best_threshold(confidence, prediction, true, known)
+                elif setting["metric"] == "macro_precision":  # of batches as the released loader shuffles them
+                    order = torch.randperm(len(true), generator=torch.Generator().manual_seed(0)).to(true.device)
+                    result = {"macro_precision": macro_precision(prediction[order], true[order],
                                                                  setting["batch_size"])}
                 else:
-                    result = {"acc": accuracy(prediction, label[scored])["acc"]}
-                task, goal = f"open_set_{k}" if k else "classification", setting["metric"]
-                path = f"eval/{task}/{direction(source, target, modalities)}"
+                    result = {"acc": accuracy(prediction, true)["acc"]}
+                path = f"eval/{f'open_set_{entry}' if entry else 'classification'}"
+                path, goal = f"{path}/{direction(source, target, modalities)}", setting["metric"]
                 if result[goal] > tags.get(f"{path}/{goal}_paper", -1):  # the best epoch on the scored labels
                     tags |= {f"{path}/{name}_paper": value for name, value in result.items()
                              if name != "os_star_class_mean"}
     return tags
 
 
-def localization(noisy, codes, clips, features, modalities, protocols, device, paper) -> dict:
+def localization(noisy, parts, modalities, protocols, paper) -> dict:
     """What happens when: a probe of every segment, trained on one modality and its events, tested on another and its.
 
-    codes {split: {m: Codes}} of the clips {split: numbers} -> tags"""
-    tags, event, annotated = {}, {}, localized(features, modalities)
-    for split, m in itertools.product(("train", "test"), annotated):
-        happens = torch.from_numpy(features.read(f"events/{m}", clips[split])).to(device).float()  # (N, T, C)
-        event[split, m] = torch.cat([happens, 1 - happens.amax(-1, keepdim=True)], -1)  # the last one is background
-    for source in annotated:
-        width, targets = codes["train"][source].rows.shape[-1], [m for m in annotated if m != source]
-        if "clean" in protocols:
-            run = ProbeTraining(partial(SegmentProbe, width, len(features.classes), (width,), False), device)
+    With a target of its own, clips in which nothing known happens are left out. parts {name: Part} -> tags"""
+    tags = {}
+
+    def annotated(name, m):
+        """The part's clips with an event of its classes (all of them if source and target are one) and what happens
+        (n, T, C + 1), the last column being background"""
+        part = parts[name]
+        happens = part.events(m)
+        keep = happens.any((1, 2)) | (parts["test"].of is parts["train"].of)
+        happens = torch.from_numpy(happens[keep]).to(part.of.device).float()
+        return part[keep], torch.cat([happens, 1 - happens.amax(-1, keepdim=True)], -1), keep
+
+    pairs = ordered_pairs(*(localized(parts[name].features, modalities) for name in ("train", "test")))
+    for source, protocol in itertools.product(dict.fromkeys(a for a, _ in pairs), protocols):
+        prefix = "paper_" if protocol == "paper" else ""
+        part, event, keep = annotated(f"{prefix}train", source)
+        width, classes = part.codes(source).rows.shape[-1], len(part.of.classes)
+        tests = {b: annotated(f"{prefix}test", b)[:2] for a, b in pairs if a == source}
+        path = {b: f"eval/localization/{direction(source, b, modalities)}" for b in tests}
+        if protocol == "clean":
+            run = ProbeTraining(partial(SegmentProbe, width, classes, (width,), False), event.device)
             for _ in range(EPOCHS):
-                run.epoch(codes["train"][source], event["train", source])
-            for target in targets:
-                score, true = run.logits(codes["test"][target]).sigmoid(), event["test", target]
-                result = segment_metrics(score, true)
+                run.epoch(part.codes(source), event)
+            for target, (test, true) in tests.items():
+                score = run.logits(test.codes(target)).sigmoid()
                 foreground = segment_metrics(score[..., :-1], true[..., :-1])
-                result |= {"f1_foreground": foreground["f1"], **constant_f1(true)}
-                path = f"eval/localization/{direction(source, target, modalities)}"
-                tags |= {f"{path}/{name}": value for name, value in result.items()}
-        if "paper" in protocols:
-            setting = paper["localization"]
-            widths = [width // part for part in setting["widths"]]
-            run = ProbeTraining(partial(SegmentProbe, width, len(features.classes), widths, True), device,
-                                setting["learning_rate"], setting["batch_size"])
-            for epoch in range(setting["epochs"]):
-                draws = noisy(source)
-                run.epoch(draws[epoch % len(draws)], event["train", source])
-                for target in targets:
-                    score = run.logits(codes["test"][target]).sigmoid()
-                    result = batch_segment_metrics(score, event["test", target], setting["batch_size"])
-                    path = f"eval/localization/{direction(source, target, modalities)}"
-                    if result[setting["metric"]] > tags.get(f"{path}/{setting['metric']}_paper", -1):
-                        tags |= {f"{path}/{name}_paper": value for name, value in result.items()}
+                result = segment_metrics(score, true) | {"f1_foreground": foreground["f1"], **constant_f1(true)}
+                tags |= {f"{path[target]}/{name}": value for name, value in result.items()}
+            continue
+        setting, draws = paper["localization"], [draw[torch.from_numpy(keep)] for draw in noisy(source)]
+        widths = [width // part for part in setting["widths"]]
+        run = ProbeTraining(partial(SegmentProbe, width, classes, widths, True), event.device,
+                            setting["learning_rate"], setting["batch_size"])
+        for epoch in range(setting["epochs"]):
+            run.epoch(draws[epoch % len(draws)], event)
+            for target, (test, true) in tests.items():
+                result = batch_segment_metrics(run.logits(test.codes(target)).sigmoid(), true, setting["batch_size"])
+                if result[setting["metric"]] > tags.get(f"{path[target]}/{setting['metric']}_paper", -1):
+                    tags |= {f"{path[target]}/{name}_paper": value for name, value in result.items()}
     return tags
 
 
-def items(codes: Codes, features: Features, modality: str, clips):
+def items(part: Part, modality: str):
     """The items of a modality among these clips: mean codes (I, D), group (I,), label (I,), on the host. Rows of one
     group with the same features, such as the sound beside each of its captions, are one item."""
-    group, rows = groups(features, clips), torch.arange(len(clips))
-    if len(group.unique()) < len(clips):
+    group, rows = groups(part.features, part.clips), torch.arange(len(part))
+    if len(group.unique()) < len(part):
         seen = {}  # (group, digest of the features) -> first row
-        for i in range(0, len(clips), 200):
-            for row, x in enumerate(features.read(modality, clips[i:i + 200]), i):
+        for i in range(0, len(part), 200):
+            for row, x in enumerate(part.features.read(modality, part.clips[i:i + 200]), i):
                 seen.setdefault((group[row].item(), hashlib.sha256(x).digest()), row)
         rows = torch.tensor(list(seen.values()))
-    return codes[rows.to(codes.index.device)].mean().cpu(), group[rows], torch.from_numpy(features.label[clips])[rows]
+    return part[rows].codes(modality).mean().cpu(), group[rows], part[rows].label.cpu()
 
 
 def chance(of, among, k: int) -> float:
@@ -603,13 +742,13 @@ def chance(of, among, k: int) -> float:
     return (1 - torch.stack(miss).prod(0)).mean().item()
 
 
-def retrieval(codes, features, clips, modalities) -> dict:
+def retrieval(part, present, modalities) -> dict:
     """Zero-shot: of the test clips, which items of b are nearest to an item of a, by the cosine of their mean codes?
 
     An item is right if it comes from the same clip or group (`r1`, `r5`, `r10`), or has the same class (`class_r1`);
-    beside them what chance gives (`chance_r1`, `class_chance_r1`). codes {m: Codes} of `clips` -> tags"""
-    item, tags = {m: items(c, features, m, clips) for m, c in codes.items()}, {}
-    for a, b in itertools.permutations(modalities, 2):
+    beside them what chance gives (`chance_r1`, `class_chance_r1`). Of a Part and the modalities it holds -> tags"""
+    item, tags = {m: items(part, m) for m in present}, {}
+    for a, b in itertools.permutations(present, 2):
         (query, of, query_label), (database, among, label) = item[a], item[b]
         tally, some = {"queries": len(query), "database": len(database)}, query_label >= 0
         for k in RANKS:
@@ -618,24 +757,24 @@ def retrieval(codes, features, clips, modalities) -> dict:
             tally[f"class_r{k}"] = recall_at_k(query[some], database, query_label[some], label, k)
             tally[f"class_chance_r{k}"] = chance(query_label[some], label, k)
         tags |= {f"eval/retrieval/{direction(a, b, modalities)}/{name}": value for name, value in tally.items()}
-    for a, b in itertools.combinations(modalities, 2):  # both directions
+    for a, b in itertools.combinations(present, 2):  # both directions
         ways = direction(a, b, modalities), direction(b, a, modalities)
         for k in RANKS:
             tags[f"eval/retrieval/{'+'.join(ways)}/r{k}"] = sum(tags[f"eval/retrieval/{w}/r{k}"] for w in ways) / 2
     return tags
 
 
-def x_retrieval(codes, features, clips, modalities, device) -> dict:
+def x_retrieval(train, test, present, modalities) -> dict:
     """Uni-Code's Table 5: a map from the mean codes of one modality to those of another is trained; a third modality's
-    codes go through it, untouched, to retrieve the other's. codes {split: {m: Codes}}, clips {split: numbers}
+    codes go through it, untouched, to retrieve the other's. Two Parts and the modalities that both hold -> tags
 
     The map is linear, begins as the identity and learns by InfoNCE over the batch which clip belongs to which. Tags
     `a2b_to_c`: trained with queries of a, tested with queries of b; `same_r10` are those of a, `zero_r10` b's without
     any map. What is right is as in `retrieval`."""
-    tags, item = {}, {m: items(codes["test"][m], features, m, clips["test"]) for m in modalities}
-    first = torch.from_numpy(np.unique(groups(features, clips["train"]).numpy(), return_index=True)[1]).to(device)
-    paired = {m: F.normalize(codes["train"][m][first].mean(), dim=-1) for m in modalities}  # one row a group
-    for source, target in itertools.permutations(modalities, 2):
+    tags, item, device = {}, {m: items(test, m) for m in present}, train.of.device
+    first = np.unique(groups(train.features, train.clips).numpy(), return_index=True)[1]
+    paired = {m: F.normalize(train[first].codes(m).mean(), dim=-1) for m in present}  # one row a group
+    for source, target in itertools.permutations(present, 2):
         width = paired[source].shape[-1]
         torch.manual_seed(0)
         project = nn.Linear(width, width, bias=False).to(device)
@@ -649,7 +788,7 @@ def x_retrieval(codes, features, clips, modalities, device) -> dict:
                 F.cross_entropy(logits, torch.arange(len(rows), device=device)).backward()
                 optimizer.step()
         project, (database, among, label) = project.cpu().requires_grad_(False), item[target]
-        for asking in modalities:
+        for asking in present:
             if asking in (source, target):
                 continue
             query, of, query_label = item[asking]
@@ -682,75 +821,73 @@ class QueryDecoder(nn.Module):
         return cells.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
 
 
-def segmentation(codes, clips, features, seen, modalities, device) -> dict:
-    """Which pixels are what the query asks for? A decoder over the maps of `seen`, trained with queries of one modality
-    and tested with those of another, on every frame. codes {split: {m: Codes}} of the labelled clips {split: numbers}
+def segmentation(train, test, present, modalities) -> dict:
+    """Which pixels are what the query asks for? A decoder over the maps, trained with queries of one modality and
+    tested with those of another, on every frame. Two Parts of labelled clips, the modalities of both -> tags
 
     A query is the mean code of the segments in which its event happens. Controls: `miou_shuffled_query` (of another
     clip), `miou_constant_query` (of the first clip, for all), `miou_no_query` (a decoder trained without one),
     `miou_nothing` (no pixel); `several_*` are of clips with several events, where only the query says which is meant.
     Maps and masks are read batch by batch."""
-    tags, query, asking = {}, {}, [m for m in modalities if m != seen]
-    for split, m in itertools.product(("train", "test"), asking):
-        label = features.label[clips[split]]
-        happens = np.ones(codes[split][m].index.shape, bool)  # a sentence is about its event throughout
-        if m in localized(features, modalities):
-            happens = features.read(f"events/{m}", clips[split])[np.arange(len(label)), :, label] > 0
-        query[split, m] = codes[split][m].mean(torch.from_numpy(happens).to(device))
-    several = torch.from_numpy(~np.isin(clips["test"], features.single_event(clips["test"])))
-    width, code_width = features.shape[seen][-1], query["train", asking[0]].shape[-1]
-    cell = tuple(a // b for a, b in zip(features.files[0].h5["mask"].shape[2:], features.shape[seen][1:3]))
+    (seen,), device, parts = maps_with_masks(train.features, present), train.of.device, {"train": train, "test": test}
+    tags, query, asking = {}, {}, [m for m in present if m != seen]
+    for (split, part), m in itertools.product(parts.items(), asking):
+        codes, label = part.codes(m), part.features.label[part.clips]
+        happens = np.ones(codes.index.shape, bool)  # a sentence is about its event throughout
+        if m in localized(part.features, present):
+            happens = part.features.read(f"events/{m}", part.clips)[np.arange(len(label)), :, label] > 0
+        query[split, m] = codes.mean(torch.from_numpy(happens).to(device))
+    several = torch.from_numpy(~np.isin(test.clips, test.features.single_event(test.clips)))
+    shape, code_width = train.features.shape[seen], query["train", asking[0]].shape[-1]
+    cell = tuple(a // b for a, b in zip(train.features.files[0].h5["mask"].shape[2:], shape[1:3]))
 
     def frames(split, rows):
         """maps (B, T, H, W, d), masks (B, T, h, w) of what the queries ask for"""
-        number = clips[split][rows.numpy()]
+        features, number = parts[split].features, parts[split].clips[rows.numpy()]
         mask = features.read("mask", number) == features.label[number][:, None, None, None] + 1
         return [torch.from_numpy(x).to(device).float() for x in (features.read(seen, number), mask)]
 
-    def train(asked):
-        torch.manual_seed(0)
-        decoder = QueryDecoder(width, code_width, cell).to(device)
-        optimizer = torch.optim.Adam(decoder.parameters(), lr=MASK_LEARNING_RATE, fused=True)
-        for _ in range(MASK_EPOCHS):
-            for rows in torch.randperm(len(asked)).split(BATCH_SIZE):
-                maps, mask = frames("train", rows)
-                t = torch.randperm(maps.shape[1])[:MASK_FRAMES].to(device)
-                optimizer.zero_grad()
-                F.binary_cross_entropy_with_logits(decoder(maps[:, t], asked[rows.to(device)]), mask[:, t]).backward()
-                optimizer.step()
-        return decoder
+    for split, part in parts.items():
+        query[split, None] = torch.zeros(len(part), code_width, device=device)  # of a decoder that is told nothing
+    torch.manual_seed(0)
+    one = QueryDecoder(shape[-1], code_width, cell).to(device)
+    decoder = {source: copy.deepcopy(one) for source in (None, *asking)}  # all learn from the same batches
+    parameters = [p for d in decoder.values() for p in d.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=MASK_LEARNING_RATE, fused=True)
+    for _ in range(MASK_EPOCHS):
+        for rows in torch.randperm(len(train)).split(BATCH_SIZE):
+            maps, mask = frames("train", rows)
+            t, rows = torch.randperm(maps.shape[1])[:MASK_FRAMES].to(device), rows.to(device)
+            optimizer.zero_grad()
+            sum(F.binary_cross_entropy_with_logits(d(maps[:, t], query["train", source][rows]), mask[:, t])
+                for source, d in decoder.items()).backward()
+            optimizer.step()
 
-    @torch.no_grad()
-    def test(decoder, asked: dict, curves: list) -> dict:
-        """IoU of every frame (N, T) for each of the queries {name: (N, D)}; the first one's F-scores go to `curves`"""
-        iou = {name: [] for name in asked}
-        for rows in torch.arange(len(clips["test"])).split(BATCH_SIZE):
+    other = torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).to(device)
+    asked = {(None, None, "no_query"): query["test", None]}  # {(trained with, tested with, control): (N, D)}
+    for source, target in itertools.permutations(asking, 2):
+        right = query["test", target]
+        asked |= {(source, target, ""): right, (source, target, "shuffled_query"): right[other],
+                  (source, target, "constant_query"): right[:1].expand_as(right)}
+    nothing = None, None, "nothing"
+    iou, curves = {key: [] for key in (*asked, nothing)}, {key: [] for key in asked if key[2] == ""}
+    with torch.no_grad():
+        for rows in torch.arange(len(test)).split(BATCH_SIZE):
             maps, mask = frames("test", rows)
-            for name, queries in asked.items():
-                drawn = decoder(maps, queries[rows.to(device)]).sigmoid()
-                iou[name].append(mask_iou(drawn, mask).view(mask.shape[:2]).cpu())
-                if name == next(iter(asked)):
-                    curves.append(mask_curve(drawn, mask))
-        return {name: torch.cat(parts) for name, parts in iou.items()}
-
-    nobody = {split: torch.zeros(len(clips[split]), code_width, device=device) for split in ("train", "test")}
-    blind = test(train(nobody["train"]), {"no_query": nobody["test"]}, [])
-    zero = [mask_iou(torch.zeros_like(mask), mask).view(mask.shape[:2]).cpu() for mask in (
-        frames("test", rows)[1] for rows in torch.arange(len(clips["test"])).split(BATCH_SIZE))]
-    other = torch.randperm(len(clips["test"]), generator=torch.Generator().manual_seed(0)).to(device)
-    for source in asking:
-        decoder = train(query["train", source])
-        for target in asking:
-            if target != source:
-                right, curves = query["test", target], []
-                asked = {"": right, "shuffled_query": right[other], "constant_query": right[:1].expand_as(right)}
-                iou = test(decoder, asked, curves) | blind | {"nothing": torch.cat(zero)}
-                path = f"eval/segmentation/{direction(source, target, modalities)}"
-                tags |= {f"{path}/{'_'.join(filter(None, ('miou', name)))}": v.mean().item() for name, v in iou.items()}
-                tags[f"{path}/f_score"] = torch.cat(curves).mean(0).max().item()
-                if several.any():
-                    tags |= {f"{path}/{'_'.join(filter(None, ('several_miou', name)))}": v[several].mean().item()
-                             for name, v in iou.items()}
+            drawn = {key: decoder[key[0]](maps, queries[rows.to(device)]).sigmoid() for key, queries in asked.items()}
+            for key, probability in (drawn | {nothing: torch.zeros_like(mask)}).items():
+                iou[key].append(mask_iou(probability, mask).view(mask.shape[:2]).cpu())
+            for key, curve in curves.items():
+                curve.append(mask_curve(drawn[key], mask))
+    iou = {key: torch.cat(frames) for key, frames in iou.items()}  # (N, T) each
+    for source, target in itertools.permutations(asking, 2):
+        path = f"eval/segmentation/{direction(source, target, modalities)}"
+        found = {"_".join(filter(None, ("miou", control))): value for (trained, tested, control), value in iou.items()
+                 if (trained, tested) in ((source, target), (None, None))}
+        tags |= {f"{path}/{name}": value.mean().item() for name, value in found.items()}
+        tags[f"{path}/f_score"] = torch.cat(curves[source, target, ""]).mean(0).max().item()
+        if several.any():
+            tags |= {f"{path}/several_{name}": value[several].mean().item() for name, value in found.items()}
     return tags
 
 
@@ -790,7 +927,8 @@ def table(tags: dict) -> str:
 
 # -------------------------------------------------------------------------------------------------------- command line
 def load(path: Path):
-    """A run folder or its checkpoint.pt -> module of the method, its Args, {m: shape}, the model; raises InputError."""
+    """A run folder or its checkpoint.pt -> module of the method, its Args, {m: shape}, the model, the epochs it was
+    trained for. Raises InputError."""
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -801,31 +939,36 @@ def load(path: Path):
         model = method.Model(shape, args)
         model.load_state_dict({name.removeprefix("model."): value for name, value in state["modules"].items()
                                if name.startswith("model.")})
-        return method, args, shape, model
+        return method, args, shape, model, state["epoch"]
     except Exception as error:  # whatever is wrong with the file, the user needs one line
         raise InputError(f"{path}: not a checkpoint of these scripts ({first_line(error)})")
 
 
 def main(run: tyro.conf.Positional[str], files: tyro.conf.Positional[tuple[str, ...]] = (), *,
          tasks: tuple[Literal[TASKS], ...] = (), protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper"),
-         known: tuple[int, ...] = (), score: Optional[Literal[SCORES]] = None, out: Optional[str] = None,
-         device: str = "auto") -> None:
+         known: tuple[str, ...] = (), score: Optional[Literal[SCORES]] = None, target: tuple[str, ...] = (),
+         class_map: tuple[str, ...] = (), out: Optional[str] = None, device: str = "auto") -> None:
     """Probe the model of RUN (a run folder or its checkpoint.pt) on FILES (default: the data it was trained on).
 
     Args:
         tasks: what is probed, see README.md; default: as the run.
-        known: open-set tasks, by number of known classes; default: as the run.
+        known: open-set tasks: a number of known first classes, or class numbers such as 0,2,4; default: as the run.
         score: by which unknown clips are told from known ones in what is printed; default: as the run.
+        target: files to test on, of clips, modalities and classes of their own; default: the test split of FILES.
+        class_map: names of the target's classes that differ, each as "target's name=source's name".
         out: a JSON file for all figures, those of the other scores as well."""
-    method, args, shape, model = load(Path(run))
+    method, args, shape, model, epochs = load(Path(run))
     known, score, device = known or args.known, score or args.score, pick_device(device)
+    if not files:
+        target, class_map = target or args.probe_target, class_map or args.class_map
     features = Features(data_files(files or args.probe_data or args.data, args.runs_dir))
+    target = Features(data_files(target, args.runs_dir)) if target else None
     tasks = tasks or args.tasks or default_tasks(features)
-    check_request(features, shape, tasks, known)
+    check_request(features, shape, tasks, known, target, class_map)
     if out and not Path(out).parent.is_dir():
         raise InputError(f"--out {out}: the folder does not exist")
     tags, _ = evaluate(model.to(device), method.encode, features, list(shape), args.codebook_size, device, tasks,
-                       protocol, known, score, method.paper_settings(args.epochs))
+                       protocol, known, score, method.paper_settings(epochs), target, class_map)
     if out:
         Path(out).write_text(json.dumps(tags, indent=1) + "\n")
     print(table(tags))

@@ -45,9 +45,10 @@ def agreement(a, b) -> tuple:
 
 
 def analyse(run: Path) -> dict:
-    method, args, shape, model = probes.load(run)
+    method, args, shape, model, _ = probes.load(run)
     features = Features(data_files(args.data, args.runs_dir))
-    clips, code, event = probes.labelled_clips(features), {}, {}
+    every = probes.ProbeSet(features, features.classes, {}, "cpu")
+    clips, code, event = {s: probes.Part(every, features.clips(s)).single().clips for s in ("train", "test")}, {}, {}
     for split, m in itertools.product(("train", "test"), shape):
         code[split, m] = probes.read_codes(model.eval(), method.encode, features, m, clips[split], args.codebook_size,
                                            torch.device("cpu")).index

@@ -244,9 +244,10 @@ def test_run_folder(smoke):
     assert names == {"args.json", "metrics.jsonl", "checkpoint.pt", "results.json", "projector_config.pbtxt"}
     assert smoke.run.name.startswith(f"{smoke.script}__digits__1__")
     state = load(smoke.run)
-    assert set(state) == {"method", "args", "shape", "step", "rng", "seconds", "git", "data_sha256"} | STATE[
+    assert set(state) == {"method", "args", "shape", "step", "epoch", "rng", "seconds", "git", "data_sha256"} | STATE[
         smoke.script]
-    assert (state["method"], state["step"]) == (smoke.script, 4) and list(state["shape"]) == list(smoke.modalities)
+    assert (state["method"], state["step"], state["epoch"]) == (smoke.script, 4, 1)
+    assert list(state["shape"]) == list(smoke.modalities)
 
 
 def test_the_puzzles_are_in_the_checkpoint(default_runs):
@@ -477,7 +478,7 @@ BAD = [
     ("--recon-width 0", ["--recon-width 0"]),
     ("--ema-decay 1.5", ["--ema-decay 1.5"]),
     ("--eval-every -1", ["--eval-every -1"]),
-    ("--known 10", ["--known 10", "1 to 9"]),
+    ("--known 10", ["--known 10", "no unknown classes"]),
     ("--known 0", ["--known 0"]),
     ("--tasks x_retrieval --modalities audio text", ["--tasks x_retrieval", "three"]),
     ("--tasks segmentation --modalities audio video", ["--tasks segmentation", "two other"]),
@@ -744,6 +745,9 @@ def test_probes_read_what_encode_gives(trained, tiny):
     with torch.no_grad():
         quantized, index = micu.encode(model, torch.from_numpy(features.read("video", clips)).float(), "video")
     assert torch.equal(codes.rows[codes.index], quantized) and torch.equal(codes.index, index) and len(codes) == 50
+    one_by_one = [probes.read_codes(model, micu.encode, features, "video", clips[i:i + 1], 64, torch.device("cpu"))
+                  for i in range(50)]
+    assert torch.equal(torch.cat([part.index for part in one_by_one]), index)  # whatever clips are read beside them
 
 
 def test_a_probe_of_codes_is_linear_max_linear():

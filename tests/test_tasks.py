@@ -13,7 +13,7 @@ import codaar
 import micu
 import probes
 import uni_code
-from conftest import run_folder, run_here
+from conftest import edit, run_folder, run_here
 from data import Features, InputError
 from probes import Codes
 
@@ -47,6 +47,41 @@ def test_macro_precision_of_batches():
     # first three: class 0 half right, class 1 right; the last: class 2 wrong
     assert probes.macro_precision(prediction, target, 3) == pytest.approx((3 * 0.75 + 0) / 4)
     assert probes.macro_precision(prediction, target, 4) == pytest.approx((0.5 + 1 + 0) / 3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("levels", [3, 1000])  # many ties, few
+def test_thresholds_equal_the_loop(seed, levels):
+    """MICU's released sweep takes 10 even steps from the least to the greatest confidence, the oracle every value."""
+    rng = torch.Generator().manual_seed(seed)
+    confidence = torch.randint(levels, (60,), generator=rng) / levels
+    prediction, target = (torch.randint(n, (60,), generator=rng) for n in (4, 7))
+
+    def hos(threshold):
+        right = sum(q >= threshold and p == y for q, p, y in zip(confidence, prediction, target) if y < 4)
+        out = sum(q < threshold for q, y in zip(confidence, target) if y >= 4)
+        os_star, unk = right / (target < 4).sum().item(), out / (target >= 4).sum().item()
+        return float(2 * os_star * unk / (os_star + unk)) if os_star + unk else 0.0
+
+    low, high = confidence.min().item(), confidence.max().item()
+    sweep = [hos(threshold) for threshold in torch.linspace(low, high, 10, dtype=torch.double).tolist()]
+    found = probes.best_threshold(confidence.double(), prediction, target, 4)
+    assert found["hos"] == pytest.approx(max(sweep)) and sweep[0] == 0  # at the least one nothing is rejected
+    every = [hos(threshold) for threshold in confidence.tolist()]
+    assert probes.oracle_hos(confidence, prediction, target, 4) == pytest.approx(max(every))
+    assert found["hos"] <= max(every) + 1e-6
+
+
+def test_the_released_sweep_by_hand():
+    """Confidences 0, 1, .. 9: the steps of the sweep. The four surest clips are known, one of them is taken wrong."""
+    confidence, target = torch.arange(10).double(), torch.tensor([2, 2, 2, 2, 2, 2, 0, 1, 0, 1])
+    prediction = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 1])
+    found = probes.best_threshold(confidence, prediction, target, 2)
+    assert found["os_star"] == 0.75 and found["unk"] == 1  # at 6, the unknown ones are out
+    same = probes.best_threshold(torch.ones(10), prediction, target, 2)  # all ten thresholds are one, none is rejected
+    assert same == {"os_star": 0.75, "os_star_class_mean": 0.75, "unk": 0, "hos": 0}
+    wrong = probes.best_threshold(torch.ones(10), 1 - prediction, target, 2)  # nothing right and nothing rejected
+    assert wrong["os_star"] == 0.25 and wrong["hos"] == 0
 
 
 def test_metrics_equal_scikit_learn():
@@ -173,9 +208,12 @@ def honest(model, x, modality):
 
 
 def ask(path, *tasks, encode=honest, protocols=("clean",), known=(), score="softmax", modalities=tuple(BLUR),
-        model=None, paper=micu.paper_settings(0)):
-    tags, _ = probes.evaluate(model or torch.nn.Module(), encode, Features([path]), list(modalities), CLASSES + 1, CPU,
-                              tasks, protocols, known, score, paper)
+        model=None, paper=micu.paper_settings(0), target=None, class_map=(), size=CLASSES + 1):
+    features, target = Features([path]), Features([target]) if target else None
+    shape = {m: (T, 5, 5, 8) if m == "video" else (T, 1) for m in modalities}
+    probes.check_request(features, shape, tasks, known, target, class_map)
+    tags, _ = probes.evaluate(model or torch.nn.Module(), encode, features, list(modalities), size, CPU,
+                              tasks, protocols, known, score, paper, target, class_map)
     return {tag.removeprefix("eval/"): value for tag, value in tags.items()}
 
 
@@ -312,6 +350,108 @@ def test_segmentation_needs_the_query(tmp_path, toy, monkeypatch):
     assert 0.4 < tags["segmentation/a2t/miou"] < 0.6
 
 
+# ------------------------------------------------------------------------------------------- a target of its own
+NAMES = ["three", "4", "One", "five", "two"]  # a target's classes: the toy's three, one of them renamed, and two others
+
+
+def say(model, x, modality):
+    """The code is the number that the modality says; one meaning has nearly the same code in all modalities."""
+    index = x[..., 0].long()
+    rows = 5 * torch.randn(9, 32, generator=torch.Generator().manual_seed(2))
+    return rows[index], index
+
+
+def write_side(path, modality, names, meaning, label, split, happens=None) -> str:
+    """A file of one modality which says, where its event happens, what the label means: {name: number}."""
+    happens = np.ones((len(label), T), bool) if happens is None else happens
+    with h5py.File(path, "w") as h5:
+        h5.attrs.update(format="cmg-features", version=1, name="side")
+        said = np.array([meaning[name] for name in names])[label]
+        h5[modality] = np.where(happens, said[:, None], 0)[..., None].astype(np.float32)
+        h5["label"], h5["split"], h5["classes"] = label, split.astype(np.uint8), names
+        h5["id"] = [str(i) for i in range(len(label))]
+        h5[f"events/{modality}"] = (happens[..., None] * np.eye(len(names))[label][:, None]).astype(np.uint8)
+    return str(path)
+
+
+@pytest.fixture
+def sides(tmp_path, monkeypatch):
+    """A source of audio and a target of text, with classes, clips and splits of their own."""
+    monkeypatch.setattr(probes, "EPOCHS", 400)
+    rng = np.random.default_rng(0)
+    meaning = {"one": 1, "One": 1, "two": 2, "three": 3, "4": 4, "five": 5, "zero": 6}
+    source = write_side(tmp_path / "source.h5", "audio", ["one", "two", "three", "zero"], meaning, np.arange(72) % 4,
+                        np.arange(72) // 24, rng.random((72, T)) < 0.8)
+    target = write_side(tmp_path / "target.h5", "text", NAMES, meaning, np.arange(50) % 5, np.arange(50) // 5 % 3,
+                        np.arange(T) >= np.arange(50)[:, None] % T)
+    return source, target
+
+
+def ask_sides(sides, *tasks, **keywords):
+    return ask(sides[0], *tasks, encode=say, target=sides[1], modalities=("audio", "text"), size=9,
+               **{"class_map": ("One=one",)} | keywords)
+
+
+PAPER = {"classification": {"epochs": 60, "learning_rate": 1e-2, "batch_size": 80, "metric": "acc"},
+         "open_set": {"epochs": 60, "learning_rate": 1e-2, "batch_size": 80, "metric": "hos"},
+         "localization": {"epochs": 60, "learning_rate": 1e-2, "batch_size": 80, "metric": "f1", "widths": (1,)}}
+
+
+def test_classification_on_a_target_of_its_own(sides, monkeypatch):
+    """Trained on audio of one file, tested on text of another, by the names of the classes that both have."""
+    scored, original = [], probes.accuracy
+    monkeypatch.setattr(probes, "accuracy", lambda p, y: scored.append(y.tolist()) or original(p, y))
+    tags = ask_sides(sides, "classification", protocols=("clean", "paper"), paper=PAPER)
+    assert {tag.split("/")[1] for tag in tags if tag.startswith("classification")} == {"a2t"}
+    assert tags["classification/a2t/acc"] == 1 and tags["classification/a2t/acc_same"] == 1
+    numbers = {"three": 2, "One": 0, "two": 1}
+    test = [i for i in range(50) if i // 5 % 3 == 2]
+    assert scored[1] == [numbers[NAMES[i % 5]] for i in test if NAMES[i % 5] in numbers]  # clean: of the test split
+    assert tags["classification/a2t/acc_paper"] == pytest.approx(3 / 5)  # all clips; what nobody taught counts as wrong
+    assert scored[2] == [numbers.get(NAMES[i % 5], 3) for i in range(50)]
+    assert "codebook/agreement" not in tags and tags["codebook/used_text"] == 6
+
+
+def test_without_the_map_a_class_of_another_name_is_another_class(sides):
+    tags = ask_sides(sides, "open_set", class_map=(), known=("1",), protocols=("clean", "paper"), paper=PAPER)
+    assert tags["open_set_1/a2t/acc_known"] == 1  # classes in common: two, three; known: two
+    tags = ask_sides(sides, "open_set", known=("0,2",), protocols=("clean", "paper"), paper=PAPER)
+    assert tags["open_set_0,2/a2t/acc_known"] == 1 and tags["open_set_0,2/a2t/auroc"] > 0.7
+    assert {tag.split("/")[0] for tag in tags} == {"codebook", "open_set_0,2"}
+
+
+def test_localisation_on_a_target_of_its_own(sides):
+    """Clips in which nothing known happens are left out, as in AVE to AVVP."""
+    tags = ask_sides(sides, "localization", protocols=("clean", "paper"), paper=PAPER)
+    assert tags["localization/a2t/f1"] == tags["localization/a2t/f1_paper"] == 1
+    everything = 1 / 4  # of the four columns one is right everywhere
+    assert tags["localization/a2t/f1_everything"] == pytest.approx(2 * everything / (1 + everything))
+
+
+def test_retrieval_is_of_the_target(sides, toy):
+    with pytest.raises(InputError, match="two modalities"):
+        ask_sides(sides, "retrieval")
+    tags = ask(sides[0], "retrieval", encode=say, modalities=("audio", "text"), target=toy, size=9)
+    assert tags["retrieval/a2t/queries"] == 36
+
+
+@pytest.mark.parametrize("change, needles", [
+    ({"class_map": ("One",)}, ["--class-map 'One'"]), ({"class_map": ("uno=one",)}, ["'uno=one'"]),
+    ({"class_map": ("One=eins",)}, ["'One=eins'"]), ({"known": ("4",)}, ["--known 4", "3 classes"]),
+    ({"known": ("a",)}, ["--known a"]), ({"known": ("0,7",)}, ["--known 0,7"]), ({"known": ("0",)}, ["--known 0"]),
+])
+def test_a_target_that_does_not_fit(sides, change, needles):
+    with pytest.raises(InputError) as caught:
+        ask_sides(sides, "open_set", **change)
+    assert all(needle in str(caught.value) for needle in needles) and "\n" not in str(caught.value)
+
+
+def test_no_class_in_common(sides, toy):
+    with pytest.raises(InputError, match="no class in common"):
+        ask_sides((toy, write_side(sides[0] + "x", "text", ["a", "b"], {"a": 1, "b": 2}, np.arange(36) % 2,
+                                   np.arange(36) % 3)), "classification", class_map=())
+
+
 class Noisy(torch.nn.Module):
     """A model with dropout, whose codes change in training mode."""
 
@@ -410,3 +550,26 @@ def test_a_run_with_every_task_equals_the_command_line(tiny, tmp_path, monkeypat
     run = run_folder(tmp_path)
     run_here("probes.py", run, "--protocol", "clean", "--out", "out.json")
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads((run / "results.json").read_text())["metrics"]
+
+
+def test_a_run_probed_on_files_of_one_modality_each(tiny, tmp_path, monkeypatch):
+    """Video of one file, sound of another with other names, shuffled clips and a class the first one lacks."""
+    monkeypatch.chdir(tmp_path)
+    with h5py.File(tiny) as h5:
+        names, order, old = [f"class {i}" for i in range(10)], np.random.default_rng(0).permutation(80), h5
+        source = edit(tiny, "video.h5", audio=None, text=None, events__audio=None,
+                      label=np.where(h5["label"][:] == 9, -1, h5["label"][:]))
+        target = edit(tiny, "audio.h5", video=None, text=None, mask=None, events__video=None, classes=names,
+                      **{name: old[name.replace("__", "/")][:][order]
+                         for name in ("audio", "events__audio", "label", "split", "id")})
+        maps = [f"class {i}={h5['classes'][i].decode()}" for i in range(9)]
+    options = "--batch-size 8 --codebook-size 64 --code-dim 64 --cujp-samples 2 --epochs 1".split()
+    sides = ["--probe-data", source, "--probe-target", target, "--class-map", *maps]
+    run_here("micu.py", "--data", tiny, *options, *sides, "--known", "3", "0,2,4", "--tasks", "classification",
+             "open_set", "localization")
+    run = run_folder(tmp_path)
+    found = json.loads((run / "results.json").read_text())["metrics"]
+    assert {tag.split("/")[1]: tag.split("/")[2] for tag in found if "codebook" not in tag} == dict.fromkeys(
+        ("classification", "open_set_3", "open_set_0,2,4", "localization"), "v2a")
+    run_here("probes.py", run, "--out", "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == found
