@@ -5,6 +5,7 @@
     python probes.py RUN --tasks open_set --known 3 5 7 0,2,4 --score energy --protocol clean
     python probes.py RUN ucf.h5 --target vgg.h5 --class-map "playing cello=PlayingCello"     trained on one file, tested
                                                               on another, which may hold one modality each
+    python probes.py --official FILE.pt --method micu ave.h5  a checkpoint as the authors distribute it
 
 `clean`: encoder in eval mode, last probe epoch, open-set threshold from held-out clips of the *source* modality;
 nothing is chosen with test labels. `paper`: what the released scripts compute, tags end in `_paper`: dropout stays on
@@ -20,6 +21,7 @@ import itertools
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -944,20 +946,99 @@ def load(path: Path):
         raise InputError(f"{path}: not a checkpoint of these scripts ({first_line(error)})")
 
 
-def main(run: tyro.conf.Positional[str], files: tyro.conf.Positional[tuple[str, ...]] = (), *,
-         tasks: tuple[Literal[TASKS], ...] = (), protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper"),
-         known: tuple[str, ...] = (), score: Optional[Literal[SCORES]] = None, target: tuple[str, ...] = (),
-         class_map: tuple[str, ...] = (), out: Optional[str] = None, device: str = "auto") -> None:
-    """Probe the model of RUN (a run folder or its checkpoint.pt) on FILES (default: the data it was trained on).
+# Where the authors' names go in ours: {theirs: ours} of a modality `<m>`, and of the maps' pooling
+OFFICIAL = {
+    "<m>_self_att.affine_matrix": "semantic.<m>.proj", "<m>_self_att.encoder.layers": "semantic.<m>.transformer.layers",
+    "<m>_semantic_encoder.se_layer": "semantic.<m>.pool.gate",
+    "<m>_semantic_encoder.affine_<m>_ave": "semantic.<m>.pool.mean_proj",
+    "<m>_semantic_encoder.affine_<m>_self": "semantic.<m>.pool.cell_proj",
+    "<m>_semantic_encoder.ave_v_att": "semantic.<m>.pool.score"}
+OFFICIAL_ORDER = ("video", "audio", "text")  # of the column blocks of CoDAAR's codebook
+
+
+def load_official(path: Path, name: Optional[str]):
+    """A checkpoint of the authors (keys `Encoder_parameters`, `Text_ar_lstm_parameters`, `epoch`) -> as `load`.
+
+    `name`: the method, needed where the checkpoint does not tell (Uni-Code and MICU have the same names and shapes).
+    The released pooling is a sum over the cells; MICU's code 0 is zero. Prints what is in the file and not used."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, epoch = dict(state["Encoder_parameters"]), int(state["epoch"])
+        lstm = dict(state.get("Text_ar_lstm_parameters") or {})
+        codebook = theirs.pop("Cross_quantizer.embedding")
+        size, width = codebook.shape
+        present = [m for m in ("audio", "video", "text") if f"{m}_self_att.affine_matrix.weight" in theirs]
+        present = [m for m in present if m != "text" or lstm]
+        code_dim = theirs["audio_self_att.affine_matrix.weight"].shape[0]
+        aligned = width == code_dim * len(present)  # a codebook per modality
+        if not (aligned or width == code_dim) or name and aligned != (name == "codaar"):
+            raise ValueError(f"a codebook of {size} x {width} is not {name or 'that of a method here'}")
+        if name is None and not aligned:
+            raise InputError(f"{path}: Uni-Code and MICU save the same names: --method uni_code or --method micu?")
+        widths = {m: lstm["weight_ih_l0"].shape[1] if m == "text" else theirs[f"{m}_self_att.affine_matrix.weight"]
+                  .shape[1] for m in present}
+        shape = {m: (10, 7, 7, d) if m == "video" else (10, d) for m, d in widths.items()}
+        method = importlib.import_module(name or "codaar")
+        args = method.Args(codebook_size=size, code_dim=code_dim, spatial_pool="sum", recon_width=1)
+        model = method.Model(shape, args).to(codebook.dtype)
+        places = {ours.replace("<m>", m): (theirs, name.replace("<m>", m)) for m in present
+                  for name, ours in OFFICIAL.items()} | {"semantic.text.lstm": (lstm, "")}
+        found, used = model.state_dict(), {"Encoder_parameters": {"Cross_quantizer.embedding"}, "lstm": set()}
+        for ours in found:
+            for prefix, (source, their_prefix) in places.items():
+                if ours.startswith(prefix + "."):
+                    key = their_prefix + ours.removeprefix(prefix) if their_prefix else ours.removeprefix(prefix + ".")
+                    if source[key].shape != found[ours].shape:
+                        raise ValueError(f"{key} has shape {tuple(source[key].shape)}, expected "
+                                         f"{tuple(found[ours].shape)}")
+                    found[ours] = source[key]
+                    used["lstm" if source is lstm else "Encoder_parameters"].add(key)
+        model.load_state_dict(found)
+        if aligned:
+            blocks = dict(zip((m for m in OFFICIAL_ORDER if m in present), codebook.split(code_dim, 1)))
+            model.quantizer.codebooks.copy_(torch.stack([blocks[m] for m in shape]))
+        else:
+            model.quantizer.codebook.copy_(codebook)
+            if name == "micu":
+                model.quantizer.codebook[0] = 0
+    except InputError:
+        raise
+    except Exception as error:  # whatever is wrong with the file, the user needs one line
+        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise InputError(f"{path}: not a checkpoint of the authors that could be mapped ({reason})")
+    unused = [key for key in theirs if key not in used["Encoder_parameters"]]
+    unused += [f"Text_ar_lstm_parameters.{key}" for key in lstm if key not in used["lstm"]]
+    unused = Counter(key.rsplit(".", 1)[0].split(".")[0] for key in unused) | Counter(
+        {key: 1 for key in state if key not in ("Encoder_parameters", "Text_ar_lstm_parameters", "epoch")})
+    print(f"{path}: {method.METHOD}, {' '.join(shape)}, {size} codes, epoch {epoch}; not used: "
+          + (", ".join(f"{key} ({times})" for key, times in unused.items()) or "nothing"))
+    return method, args, shape, model, epoch + 1
+
+
+def main(paths: tyro.conf.Positional[tuple[str, ...]], *, official: Optional[str] = None,
+         method: Optional[Literal[SCRIPTS]] = None, tasks: tuple[Literal[TASKS], ...] = (),
+         protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper"), known: tuple[str, ...] = (),
+         score: Optional[Literal[SCORES]] = None, target: tuple[str, ...] = (), class_map: tuple[str, ...] = (),
+         out: Optional[str] = None, device: str = "auto") -> None:
+    """Probe the model of RUN (a run folder or its checkpoint.pt) on FILE ... (default: the data it was trained on), or,
+    with --official, a published checkpoint on FILE ...
 
     Args:
+        paths: RUN [FILE ...], or with --official FILE ...
+        official: a checkpoint as the authors distribute it, in place of RUN.
+        method: the method of --official, where the checkpoint does not tell.
         tasks: what is probed, see README.md; default: as the run.
         known: open-set tasks: a number of known first classes, or class numbers such as 0,2,4; default: as the run.
         score: by which unknown clips are told from known ones in what is printed; default: as the run.
-        target: files to test on, of clips, modalities and classes of their own; default: the test split of FILES.
+        target: files to test on, of clips, modalities and classes of their own; default: the test split of FILE ...
         class_map: names of the target's classes that differ, each as "target's name=source's name".
         out: a JSON file for all figures, those of the other scores as well."""
-    method, args, shape, model, epochs = load(Path(run))
+    run, *files = (official, *paths) if official else paths or (None,)
+    if run is None or official and not files:
+        raise InputError("give a run folder, or --official FILE and the feature files to probe it on")
+    if out and not Path(out).resolve().parent.is_dir():
+        raise InputError(f"--out {out}: the folder does not exist")
+    method, args, shape, model, epochs = load_official(Path(run), method) if official else load(Path(run))
     known, score, device = known or args.known, score or args.score, pick_device(device)
     if not files:
         target, class_map = target or args.probe_target, class_map or args.class_map
@@ -965,10 +1046,9 @@ def main(run: tyro.conf.Positional[str], files: tyro.conf.Positional[tuple[str, 
     target = Features(data_files(target, args.runs_dir)) if target else None
     tasks = tasks or args.tasks or default_tasks(features)
     check_request(features, shape, tasks, known, target, class_map)
-    if out and not Path(out).parent.is_dir():
-        raise InputError(f"--out {out}: the folder does not exist")
-    tags, _ = evaluate(model.to(device), method.encode, features, list(shape), args.codebook_size, device, tasks,
-                       protocol, known, score, method.paper_settings(epochs), target, class_map)
+    model = model.float().to(device)  # the authors' may be float64
+    tags, _ = evaluate(model, method.encode, features, list(shape), args.codebook_size, device, tasks, protocol, known,
+                       score, method.paper_settings(epochs), target, class_map)
     if out:
         Path(out).write_text(json.dumps(tags, indent=1) + "\n")
     print(table(tags))
