@@ -44,6 +44,7 @@ FORMAT, VERSION = "cmg-features", 1
 SPLITS = ("train", "val", "test")
 MODALITY_ORDER = ("audio", "video", "text", "flow")  # others follow as the file lists them
 NOT_MODALITIES = ("label", "events", "mask", "group", "split", "id", "classes")
+NOT_ANNOTATED = 255  # fills the frames of `mask` that nobody drew
 MOST_BYTES = 64 << 20  # of a member of an archive; the largest ones that exist have 2 MiB
 DIGITS_FILE = Path(__file__).with_name("digits.h5")
 
@@ -1048,10 +1049,11 @@ def embed(sentences: list, bert: Optional[str], pipeline: str, word_filter: Opti
         raise InputError(f"--bert {bert}: vectors of {model.config.hidden_size} numbers, expected {TEXT[1]}")
     vocabulary, rows = tokenizer.get_vocab(), []
     for sentence in tqdm(sentences, "sentences", leave=False, disable=not sys.stderr.isatty()):
-        pieces = tokenizer.tokenize(sentence)[:23 if pipeline == "word" else 510]  # released: 25 with the special ones
-        ids = tokenizer.build_inputs_with_special_tokens(tokenizer.convert_tokens_to_ids(pieces))
+        most = 25 if pipeline == "word" else 512  # pieces, with the special ones at both ends
+        ids = tokenizer(sentence, truncation=True, max_length=most)["input_ids"]
         with torch.no_grad():
-            vectors = model(input_ids=torch.tensor([ids])).last_hidden_state[0, 1:len(pieces) + 1].float().numpy()
+            vectors = model(input_ids=torch.tensor([ids])).last_hidden_state[0, 1:-1].float().numpy()
+        pieces = tokenizer.convert_ids_to_tokens(ids)[1:-1]
         rows.append(kept_vectors(pieces, vectors, vocabulary, pipeline, admitted))
     return np.stack(rows)
 
@@ -1085,7 +1087,7 @@ def read_masks(source: list, shape: tuple) -> np.ndarray:
     except ImportError:
         raise InputError("masks are PNG pictures: pip install pillow")
     value, *paths = source
-    frames = np.full((len(paths), *shape[1:]), 255, np.uint8)
+    frames = np.full((len(paths), *shape[1:]), NOT_ANNOTATED, np.uint8)
     for frame, path in zip(frames, paths):
         if path:
             try:
@@ -1248,6 +1250,7 @@ def check(file: tyro.conf.Positional[str]) -> None:
     for name in limits:
         for clip in range(len(features)):
             values = h5[name][clip]
+            values = np.where(values == NOT_ANNOTATED, 0, values) if name == "mask" else values
             if values.min() < 0 or values.max() > limits[name]:
                 raise InputError(f"{file}: dataset '{name}' holds {values.max()} in clip {clip}, not 0..{limits[name]}")
     names = []

@@ -33,7 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-from data import Features, InputError, data_files, explain_input_errors, first_line, pick_device, require_shape
+from data import (NOT_ANNOTATED, Features, InputError, data_files, explain_input_errors, first_line, pick_device,
+                  require_shape)
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE = 5, 4e-4, 80  # of the clean probes; by then the held-out source loss has levelled
 REJECT = 0.05  # share of held-out known source clips that the clean open-set threshold rejects
@@ -844,10 +845,12 @@ def segmentation(train, test, present, modalities) -> dict:
     cell = tuple(a // b for a, b in zip(train.features.files[0].h5["mask"].shape[2:], shape[1:3]))
 
     def frames(split, rows):
-        """maps (B, T, H, W, d), masks (B, T, h, w) of what the queries ask for"""
+        """maps (B, T, H, W, d), masks (B, T, h, w) of what the queries ask for, which frames have one (B, T)"""
         features, number = parts[split].features, parts[split].clips[rows.numpy()]
-        mask = features.read("mask", number) == features.label[number][:, None, None, None] + 1
-        return [torch.from_numpy(x).to(device).float() for x in (features.read(seen, number), mask)]
+        mask = features.read("mask", number)
+        asked, known = mask == features.label[number][:, None, None, None] + 1, (mask != NOT_ANNOTATED).all((2, 3))
+        maps, asked, known = (torch.from_numpy(x).to(device) for x in (features.read(seen, number), asked, known))
+        return maps.float(), asked.float(), known
 
     for split, part in parts.items():
         query[split, None] = torch.zeros(len(part), code_width, device=device)  # of a decoder that is told nothing
@@ -858,38 +861,41 @@ def segmentation(train, test, present, modalities) -> dict:
     optimizer = torch.optim.Adam(parameters, lr=MASK_LEARNING_RATE, fused=True)
     for _ in range(MASK_EPOCHS):
         for rows in torch.randperm(len(train)).split(BATCH_SIZE):
-            maps, mask = frames("train", rows)
-            t, rows = torch.randperm(maps.shape[1])[:MASK_FRAMES].to(device), rows.to(device)
+            (maps, mask, known), rows = frames("train", rows), rows.to(device)
+            t = known.any(0).nonzero()[:, 0]
+            t = t[torch.randperm(len(t))[:MASK_FRAMES].to(device)]
+            known = known[:, t]
             optimizer.zero_grad()
-            sum(F.binary_cross_entropy_with_logits(d(maps[:, t], query["train", source][rows]), mask[:, t])
-                for source, d in decoder.items()).backward()
+            drawn = {source: d(maps[:, t], query["train", source][rows])[known] for source, d in decoder.items()}
+            sum(F.binary_cross_entropy_with_logits(logits, mask[:, t][known]) for logits in drawn.values()).backward()
             optimizer.step()
 
     other = torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).to(device)
-    asked = {(None, None, "no_query"): query["test", None]}  # {(trained with, tested with, control): (N, D)}
+    asked = {}  # {(trained with, tested with, control): (N, D)}
     for source, target in itertools.permutations(asking, 2):
         right = query["test", target]
         asked |= {(source, target, ""): right, (source, target, "shuffled_query"): right[other],
                   (source, target, "constant_query"): right[:1].expand_as(right)}
-    nothing = None, None, "nothing"
+    asked[None, None, "no_query"], nothing = query["test", None], (None, None, "nothing")
     iou, curves = {key: [] for key in (*asked, nothing)}, {key: [] for key in asked if key[2] == ""}
     with torch.no_grad():
         for rows in torch.arange(len(test)).split(BATCH_SIZE):
-            maps, mask = frames("test", rows)
+            maps, mask, known = frames("test", rows)
             drawn = {key: decoder[key[0]](maps, queries[rows.to(device)]).sigmoid() for key, queries in asked.items()}
             for key, probability in (drawn | {nothing: torch.zeros_like(mask)}).items():
-                iou[key].append(mask_iou(probability, mask).view(mask.shape[:2]).cpu())
+                found = mask_iou(probability, mask).view(known.shape)
+                iou[key].append(torch.where(known, found, torch.nan).cpu())
             for key, curve in curves.items():
-                curve.append(mask_curve(drawn[key], mask))
+                curve.append(mask_curve(drawn[key][known], mask[known]))
     iou = {key: torch.cat(frames) for key, frames in iou.items()}  # (N, T) each
     for source, target in itertools.permutations(asking, 2):
         path = f"eval/segmentation/{direction(source, target, modalities)}"
         found = {"_".join(filter(None, ("miou", control))): value for (trained, tested, control), value in iou.items()
                  if (trained, tested) in ((source, target), (None, None))}
-        tags |= {f"{path}/{name}": value.mean().item() for name, value in found.items()}
+        tags |= {f"{path}/{name}": value.nanmean().item() for name, value in found.items()}
         tags[f"{path}/f_score"] = torch.cat(curves[source, target, ""]).mean(0).max().item()
         if several.any():
-            tags |= {f"{path}/several_{name}": value[several].mean().item() for name, value in found.items()}
+            tags |= {f"{path}/several_{name}": value[several].nanmean().item() for name, value in found.items()}
     return tags
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import tyro
 
+from conftest import run_here
+from data import InputError
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = [path for path in (ROOT / f"{name}.py" for name in ("uni_code", "micu", "codaar")) if path.exists()]
@@ -147,3 +150,22 @@ def test_a_script_imports_only_data_and_probes_of_this_project():
         imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         assert imported & local == {"data", "probes"}
+
+
+def commands(text: str, program: str) -> list:
+    found = re.findall(rf"python {program}\.py [^`\n#|]*", text)
+    return sorted({re.sub(r"\bRUN\b|runs/\.\.\.", "absent", command.strip()) for command in found})
+
+
+@pytest.mark.parametrize("command", commands((ROOT / "benchmarks" / "official.md").read_text(), "data"))
+def test_a_conversion_of_the_recipes_stops_at_the_first_missing_file(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="not a readable list"):
+        run_here(*shlex.split(command)[1:])
+
+
+@pytest.mark.parametrize("command", commands((ROOT / "benchmarks" / "official.md").read_text() + README, "probes"))
+def test_a_probe_of_the_documents_stops_at_the_missing_model(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="not a checkpoint"):
+        run_here(*(word for word in shlex.split(command)[1:] if word not in ("[FILE", "...]", "...", "FILE")))

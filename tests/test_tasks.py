@@ -452,6 +452,23 @@ def test_no_class_in_common(sides, toy):
                                    np.arange(36) % 3)), "classification", class_map=())
 
 
+def test_frames_that_nobody_annotated_teach_and_count_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(probes, "MASK_EPOCHS", 60)
+    monkeypatch.setattr(probes, "MASK_LEARNING_RATE", 1e-2)
+
+    def first_only(h5, split):  # of training clips the first frame has a mask; of test clips all but the last
+        h5["mask"][:48, 1:], h5["mask"][60:, -1] = 255, 255
+
+    def wrong(h5, split):
+        first_only(h5, split)
+        h5["video"][60:, -1] = 0  # nobody could draw this frame
+
+    paths = [write_toy(tmp_path / f"{change.__name__}.h5", change) for change in (first_only, wrong)]
+    tags = [ask(path, "segmentation") for path in paths]
+    for name in ("miou", "f_score", "several_miou"):
+        assert tags[0][f"segmentation/a2t/{name}"] == tags[1][f"segmentation/a2t/{name}"] > 0.8
+
+
 class Noisy(torch.nn.Module):
     """A model with dropout, whose codes change in training mode."""
 
