@@ -37,8 +37,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import probes
-from data import (Batches, Features, InputError, data_files, explain_input_errors, first_line, git_commit, pick_device,
-                  require_shape, write)
+from data import (PROCESSES, RANK, Batches, Features, InputError, add_up, average_gradients, data_files,
+                  explain_input_errors, first_line, gather, git_commit, join_processes, of_all, pick_device,
+                  require_shape, share, write)
 
 METHOD = "codaar"
 
@@ -209,6 +210,7 @@ def ema_update(ema_count, ema_sum, code_index, vectors, decay: float):
     vectors = vectors.detach().to(ema_sum.dtype)
     count = torch.zeros_like(ema_count).index_add_(0, code_index, torch.ones_like(vectors[:, 0]))
     total = torch.zeros_like(ema_sum).index_add_(0, code_index, vectors)
+    count, total = add_up(count), add_up(total)  # over all processes
     ema_count = decay * ema_count + (1 - decay) * count
     ema_sum = decay * ema_sum + (1 - decay) * total
     eps, n = 1e-5, ema_count.sum()
@@ -282,7 +284,7 @@ class AlignedQuantizer(nn.Module):
 
     def candidates(self, z: dict, source: str, generator):
         """A place for each index, (M, K, D), all of it from one segment: the modalities' own outputs or their mean."""
-        rows = torch.stack([z[m] for m in self.modalities]).detach().flatten(1, 2)  # (M, N, D)
+        rows = gather(torch.stack([z[m] for m in self.modalities]).detach(), 1).flatten(1, 2)  # (M, N, D)
         rows = rows.mean(0, keepdim=True).expand_as(rows) if source == "paired" else rows
         order = torch.randperm(rows.shape[1], generator=generator, device=rows.device)
         return rows[:, order[torch.arange(self.codebooks.shape[1], device=rows.device) % len(order)]]
@@ -303,6 +305,7 @@ class AlignedQuantizer(nn.Module):
             moved = cascade(self.own(), self.order)
             self.codebooks.copy_(torch.stack(list(moved.values())))  # the sums stay: Eq. 5 starts from them again
         used = torch.zeros_like(self.usage).scatter_add_(1, index, torch.ones_like(index, dtype=self.usage.dtype))
+        used = add_up(used)
         self.usage += used
         self.idle.copy_(torch.where(used > 0, 0, self.idle + 1))
         if self.reset_after:
@@ -397,8 +400,9 @@ def cmcm_loss(z_a, z_b, codebook_a, codebook_b):
     require_shape("codebook_a", codebook_a, (-1, z_a.shape[-1]))
     require_shape("codebook_b", codebook_b, codebook_a.shape)
     log_a, log_b = code_log_probability(z_a, codebook_a), code_log_probability(z_b, codebook_b)  # (B, K)
+    log_b = gather(log_b)  # of the clips of all processes
     similarity = log_a.exp() @ log_b.T + log_a @ log_b.exp().T  # (B, B)
-    return -similarity.log_softmax(1).diagonal().mean()
+    return -similarity.log_softmax(1).diagonal(RANK * len(z_a)).mean()
 
 
 def cpc_loss(z_target, prediction):
@@ -408,7 +412,7 @@ def cpc_loss(z_target, prediction):
     Raises ValueError on unequal shapes."""
     require_shape("z_target", z_target, (-1, -1))
     require_shape("prediction", prediction, z_target.shape)
-    return -(prediction @ z_target.T).log_softmax(1).diagonal().mean()
+    return -(prediction @ gather(z_target).T).log_softmax(1).diagonal(RANK * len(prediction)).mean()
 
 
 class CrossModalCPC(nn.Module):
@@ -427,12 +431,13 @@ class CrossModalCPC(nn.Module):
         steps = len(next(iter(self.predict.values())))
         t = torch.randint(v.shape[1] - steps, (), generator=generator).item()
         context = {m: self.lstm[m](v[:, :t + 1])[0][:, -1] for m, v in z.items()}  # c_t (B, D) of z_{<=t}
-        own, loss, first = torch.arange(len(v), device=v.device), 0, {}
+        own, loss, first = RANK * len(v) + torch.arange(len(v), device=v.device), 0, {}
         for a, b in itertools.permutations(z, 2):
             target = [z[b][:, t + k] for k in range(1, steps + 1)]
             prediction = [predict(context[a]) for predict in self.predict[a]]
             loss = loss + sum(map(cpc_loss, target, prediction)) / steps
-            first[a, b] = sum(((p @ x.T).argmax(1) == own).float().mean() for x, p in zip(target, prediction)) / steps
+            first[a, b] = sum(((p @ gather(x).T).argmax(1) == own).float().mean()
+                              for x, p in zip(target, prediction)) / steps
         return loss, first
 
 
@@ -445,10 +450,14 @@ def encode(model: Model, features, modality: str):
 
 # ---------------------------------------------------------------------------------------------------------- run folder
 # The released probes' settings; `metric` picks the epoch, `widths` are those of the layers of the segment probe, D / n.
+# `_target`: tested on files of their own (UCF-51); `_across`: on another data set (UCF <-> VGG, AVE -> AVVP).
 PAPER = {"classification": {"epochs": 30, "learning_rate": 2.5e-4, "batch_size": 256, "metric": "macro_precision"},
          "open_set": {"epochs": 25, "learning_rate": 4e-4, "batch_size": 80, "metric": "hos"},
          "localization": {"epochs": 50, "learning_rate": 4e-4, "batch_size": 64, "metric": "precision",
-                          "widths": (1, 2, 2)}}
+                          "widths": (1, 2, 2)},
+         "open_set_target": {"epochs": 16, "learning_rate": 4e-4, "batch_size": 80, "metric": "hos"},
+         "classification_across": {"epochs": 30, "learning_rate": 4e-4, "batch_size": 80, "metric": "acc"},
+         "localization_across": {"epochs": 30, "learning_rate": 4e-4, "batch_size": 80, "metric": "f1", "widths": (1,)}}
 
 
 def paper_settings(pretraining_epochs: int) -> dict:
@@ -582,6 +591,7 @@ if __name__ == "__main__":
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
+    join_processes(device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
     # a stream of random numbers for each part, so that a loss less leaves the other draws as they were
     streams = {name: torch.Generator(device).manual_seed(args.seed * 1000 + i)
@@ -603,7 +613,7 @@ if __name__ == "__main__":
     if args.cpc and args.cpc_steps >= segments:  # METHOD
         raise InputError(f"--cpc-steps {args.cpc_steps}: needs more than the {segments} segments of a clip")  # METHOD
     args.tasks = args.tasks or probes.default_tasks(probe_features)
-    probes.check_request(probe_features, shape, args.tasks, args.known, probe_target, args.class_map)
+    probes.check_request(probe_features, shape, args.tasks, args.protocol, args.known, probe_target, args.class_map)
     batches = Batches(features, modalities, "train", args.batch_size, device, args.seed, args.features_on)
     steps, origin = args.epochs * len(batches), {"data_sha256": features.sha256(), "git": git_commit()}
     seconds = {"data": time.perf_counter() - clock}
@@ -637,13 +647,16 @@ if __name__ == "__main__":
         except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"{args.resume}/checkpoint.pt does not fit these settings or this kind of device: "
                              f"{str(error).splitlines()[-1].strip()}")
-    run = make_run_folder(args, features.name)
-    write(run / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=1)))
-    log_file = run / "metrics.jsonl"
-    lines = log_file.read_text().splitlines() if log_file.exists() else []
-    lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write(log_file, lambda path: path.write_text("".join(line + "\n" for line in lines)))
-    writer = SummaryWriter(str(run), purge_step=step + 1 if state else None)
+    if RANK:
+        torch.manual_seed(args.seed + 1_000_003 * RANK + step)  # dropout draws otherwise in every process
+    run = of_all(make_run_folder(args, features.name) if RANK == 0 else None)[0]
+    if RANK == 0:  # the first process alone writes and probes
+        write(run / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=1)))
+        log_file = run / "metrics.jsonl"
+        lines = log_file.read_text().splitlines() if log_file.exists() else []
+        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write(log_file, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+        writer = SummaryWriter(str(run), purge_step=step + 1 if state else None)
 
     def log(tags: dict, step: int) -> None:
         with open(log_file, "a") as stream:
@@ -668,7 +681,7 @@ if __name__ == "__main__":
         return tags, selections
 
     def on_signal(number, frame):
-        if interrupts or step == steps:
+        if interrupts and PROCESSES == 1 or step == steps:
             print(f"stopped at once, the last checkpoint stays; continue with: {again}")
             sys.exit(128 + number)
         interrupts.append(number)
@@ -678,7 +691,8 @@ if __name__ == "__main__":
         signal.signal(number, on_signal)
 
     # ---- training
-    bar = tqdm(total=steps, initial=step, desc=METHOD, disable=not sys.stdout.isatty(), dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=step, desc=METHOD, disable=not sys.stdout.isatty() or RANK > 0,
+               dynamic_ncols=True)
     modules.train()
     clock, last_clock, last_step = time.perf_counter() - seconds.get("train", 0.0), time.perf_counter(), step
     while step < steps:
@@ -706,6 +720,7 @@ if __name__ == "__main__":
 
             optimizer.zero_grad()
             loss.backward()
+            average_gradients(modules)
             grad_norm = nn.utils.clip_grad_norm_(modules.parameters(), 0.5)
             optimizer.step()
             with torch.no_grad():
@@ -714,8 +729,11 @@ if __name__ == "__main__":
             step += 1
             bar.update()
 
-            stop, epoch_end = interrupts or step >= (args.stop_after_steps or math.inf), step % len(batches) == 0
+            epoch_end = step % len(batches) == 0
             logs = step % args.log_every == 0 or epoch_end
+            if PROCESSES > 1:  # all stop at one step
+                interrupts = sum(of_all(interrupts), []) if logs else interrupts
+            stop = (interrupts and (logs or PROCESSES == 1)) or step >= (args.stop_after_steps or math.inf)
             if (logs or stop) and not (loss + grad_norm).isfinite():
                 values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
                 raise InputError(f"not finite at step {step}: loss {loss.item():.3g}, gradient {grad_norm.item():.3g}, "
@@ -728,11 +746,13 @@ if __name__ == "__main__":
                 for pair, share in first.items() if args.cpc else ():  # METHOD
                     tags[f"charts/cpc_first_{probes.direction(*pair, modalities)}"] = share  # METHOD
                 tags |= alignment(model.quantizer, code_index)  # METHOD
-                tags = dict(zip(tags, torch.stack([v.detach().float() for v in tags.values()]).tolist()))
+                values = add_up(torch.stack([v.detach().float() for v in tags.values()])) / PROCESSES
+                tags = dict(zip(tags, values.tolist()))
                 elapsed = time.perf_counter() - last_clock
                 tags["charts/epoch"] = step / len(batches)
                 tags["charts/clips_per_second"] = args.batch_size * (step - last_step) / elapsed
-                log(tags, step)
+                if RANK == 0:
+                    log(tags, step)
                 used = "/".join(f"{tags[f'codebook/used_{m}']:.0f}" for m in modalities)
                 bar.set_postfix_str(f"loss {tags['losses/total']:.2f}, codes {used}, agreement "
                                     f"{tags['codebook/agreement']:.2f}")
@@ -741,13 +761,17 @@ if __name__ == "__main__":
                 last_clock, last_step = time.perf_counter(), step
             if stop or epoch_end:
                 seconds["train"] = time.perf_counter() - clock
-                save_checkpoint(step)
-            if args.eval_every and step % (args.eval_every * len(batches)) == 0 and step < steps:
+                if RANK == 0:
+                    save_checkpoint(step)
+            if args.eval_every and step % (args.eval_every * len(batches)) == 0 and step < steps and RANK == 0:
                 evaluate(step)
             if stop:
-                print(f"stopped after step {step} of {steps}, checkpoint saved; continue with: {again}")
+                if RANK == 0:
+                    print(f"stopped after step {step} of {steps}, checkpoint saved; continue with: {again}")
                 sys.exit(128 + interrupts[0] if interrupts else 0)
     bar.close()
+    if RANK:
+        sys.exit()
 
     # ---- final probes, results
     clock = time.perf_counter()

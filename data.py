@@ -9,6 +9,7 @@ A file holds N clips of T segments. Each modality is a dataset (N, T, d) or (N, 
 is 0 train, 1 val, 2 test; `id` (N,), `classes` (C,), and optionally `label` (N,), `events/<modality>` (N, T, C),
 `mask` (N, T, h, w) and `group` (N,). This module knows nothing of the methods.
 """
+import atexit
 import csv
 import ctypes
 import hashlib
@@ -37,6 +38,7 @@ from typing import Iterator, Literal, Optional
 import h5py
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
@@ -62,9 +64,13 @@ def explain_input_errors(kind, error, traceback):
     """A `sys.excepthook`: an InputError ends the program with one line on stderr and exit code 2, no traceback."""
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)
+    if PROCESSES > 1 and issubclass(kind, RuntimeError) and re.search("gloo|nccl|connection", str(error), re.I):
+        print(f"error: process {RANK} lost another one ({first_line(error)}); --resume goes on from its checkpoint",
+              file=sys.__stderr__, flush=True)
+        os._exit(2)  # the others cannot be waited for
     if not issubclass(kind, InputError):
         return sys.__excepthook__(kind, error, traceback)
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {error}", file=sys.__stderr__)  # torch.distributed catches what a hook writes to sys.stderr
     sys.exit(2)
 
 
@@ -77,7 +83,8 @@ def require_shape(name: str, tensor, shape: tuple) -> None:
 def pick_device(name: str) -> torch.device:
     """`auto` or a torch device name -> device. Raises InputError if it does not exist here."""
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a GPU for each process
+        device = torch.device(own if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
         torch.zeros(1, device=device).item()
         if device.type == "cpu" and sys.platform == "linux":
             keep_freed_memory()
@@ -106,6 +113,65 @@ def git_commit() -> str:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+
+
+def join_processes(device: torch.device) -> None:
+    """Under torchrun, connect the processes. Each takes its share of every batch, clips in the order of ranks."""
+    if PROCESSES > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+
+
+class Gather(torch.autograd.Function):
+    """(n, ...) of each process -> (N, ...) of all of them. Backward: the sum of what all made of this one's part."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(PROCESSES)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return share(add_up(gradient.contiguous()))
+
+
+def gather(x, dim: int = 0):
+    """The clips of all processes, along `dim`; with gradients. Alone, x itself."""
+    return Gather.apply(x.movedim(dim, 0)).movedim(0, dim) if PROCESSES > 1 else x
+
+
+def add_up(x):
+    """The sum over all processes, in place."""
+    if PROCESSES > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def share(x, dim: int = 0):
+    """This process's part of something about all clips, along `dim`."""
+    return x.chunk(PROCESSES, dim)[RANK]
+
+
+def average_gradients(modules) -> None:
+    """Each process's loss is the mean over its own clips; averaged, the gradients are those of the mean over all."""
+    gradients = [p.grad for p in modules.parameters() if p.grad is not None] if PROCESSES > 1 else []
+    if gradients:
+        flat = add_up(torch.cat([g.flatten() for g in gradients])) / PROCESSES
+        for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            g.copy_(part.view_as(g))
+
+
+def of_all(value) -> list:
+    """Any object of each process, in the order of ranks."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 # ------------------------------------------------------------------------------------------------------- feature files
@@ -161,6 +227,8 @@ class FeatureFile:
             self._fail("split", f"values {np.unique(self.split)[:6].tolist()}", "0 train, 1 val, 2 test")
         classes = self._require("classes", words, (None,))[:] if "classes" in self.h5 else []
         self.classes = [name.decode() for name in classes]
+        if len(set(self.classes)) < len(self.classes):
+            self._fail("classes", "a name twice", "distinct names")
         self.label = np.full(self.clips, -1)
         if "label" in self.h5:
             self.label = self._require("label", numbers, (self.clips,))[:].astype(np.int64)
@@ -273,7 +341,8 @@ class Batches:
 
     `source` says where the features wait: on the `device`, in host `memory`, or in the `file` from which a background
     thread reads ahead; `auto` takes the first that fits in half of the memory there. The order depends on (seed, epoch)
-    alone, so any epoch can be resumed at any step. Raises InputError if the split is empty or smaller than a batch.
+    alone, so any epoch can be resumed at any step. Of several processes each reads its share of every batch. Raises
+    InputError if the split is empty or smaller than a batch, or a batch does not divide among the processes.
     """
 
     def __init__(self, features: Features, modalities: list, split: str, batch_size: int, device, seed: int,
@@ -284,6 +353,8 @@ class Batches:
             raise InputError(f"{features.files[0].path}: the {split} split is empty, no clip has it in 'split'")
         if batch_size > len(self.index):
             raise InputError(f"--batch-size {batch_size} is larger than the {split} split ({len(self.index)} clips)")
+        if batch_size % PROCESSES:
+            raise InputError(f"--batch-size {batch_size} does not divide among {PROCESSES} processes")
         clip_bytes = sum(features.files[0].h5[m].dtype.itemsize * int(np.prod(features.shape[m])) for m in modalities)
         self.source = self._fits(clip_bytes * len(self.index)) if source == "auto" else source
         if self.source != "file":
@@ -306,7 +377,7 @@ class Batches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.index), generator=generator)
         order = order.to(self.device) if self.source == "device" else order
-        rows = [order[i * self.batch_size:(i + 1) * self.batch_size] for i in range(start, len(self))]
+        rows = [share(order[i * self.batch_size:(i + 1) * self.batch_size]) for i in range(start, len(self))]
         if self.source == "file":
             yield from self._read_ahead(rows)
         else:
@@ -468,12 +539,16 @@ def data_files(data: list, runs_dir: str) -> list:
         return list(data)
     recipe = hashlib.sha256(DIGITS_FILE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
     path = Path(runs_dir) / f"digits-{recipe}.h5"
+    if RANK:
+        of_all(None)  # the first process composes
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_digits(str(path))
         except OSError as error:
             raise InputError(f"--runs-dir {runs_dir}: cannot be written ({error.strerror})")
+    if not RANK:
+        of_all(None)
     return [str(path)]
 
 
@@ -585,6 +660,7 @@ class Listing:
     """The clips of one file, in order. `sources` {modality: (shape, [one a clip])}: a source is the path of an archive,
     (path, dataset, row) of an HDF5 file, or an array; `even`: as `fit` has it. `notes` are told to the user."""
     name: str
+    origin: str  # the data set; probes across data sets have settings of their own in the release
     ids: list
     classes: list
     sources: dict
@@ -660,7 +736,7 @@ def create(path: str, listing: Listing, dtype: np.dtype) -> dict:
     places, text = {}, h5py.string_dtype()
     with h5py.File(path, "w") as h5:
         h5.attrs.update(format=FORMAT, version=VERSION, name=listing.name, license="see the authors' release",
-                        source="converted from the authors' files")
+                        source=listing.origin)
         h5["id"], h5["split"] = np.array(listing.ids, text), listing.split.astype(np.uint8)
         h5["classes"] = np.array(listing.classes, text)
         for name, values in {"label": listing.label, "group": listing.group}.items():
@@ -822,7 +898,7 @@ def list_vggsound(lists: Path, features: Path, which: str, keep_splits: bool, su
         raise InputError(f"{path}: id '{(wrong or ['repeated'])[0]}', expected ids of 11 characters, each once")
     sources = {"audio": (AUDIO, archives(features / "audio/zip", ids)),
                "video": (VIDEO, archives(features / "video/zip", ids))}
-    return Listing(f"vggsound{which}", ids, classes, sources, split, label)
+    return Listing(f"vggsound{which}", "VGGSound", ids, classes, sources, split, label)
 
 
 def read_order(path: Path, rows: int, expected: int, subset: bool) -> np.ndarray:
@@ -861,7 +937,7 @@ def list_ave(lists: Path, features: Path, subset: bool) -> Listing:
         given = read_array(lists / "labels.h5", "avadataset")
         if given.shape != (len(rows), T, len(classes) + 1) or not np.array_equal(given[..., :-1] > 0, events):
             raise InputError(f"{lists / 'labels.h5'}: does not agree with {path}")
-    listing = Listing("ave", [row["VideoID"] for row in rows], classes, {
+    listing = Listing("ave", "AVE", [row["VideoID"] for row in rows], classes, {
         m: (shape, [(str(features / f"{name}_feature.h5"), "avadataset", i) for i in range(len(rows))])
         for m, name, shape in (("audio", "audio", AUDIO), ("video", "visual", VIDEO))},
         np.zeros(len(rows), np.uint8), label, {"audio": events, "video": events})
@@ -914,7 +990,7 @@ def list_avvp(lists: Path, features: Path, side: str, options: Options, prefix: 
         drop |= {name for name, on in zip(names, events) if not on.any()}
         keep = np.array([i for i, name in enumerate(names) if name not in drop])
         notes += [f"{side}: {len(rows) - len(keep)} of {len(rows)} rows left out; --faithful keeps them"]
-    listing = Listing(f"{prefix.lower().replace('_', '-')}-{m}", names, classes, {
+    listing = Listing(f"{prefix.lower().replace('_', '-')}-{side}", "LLP", names, classes, {
         m: (AUDIO if m == "audio" else VIDEO, archives(features / m / "zip", [name[:11] for name in names]))},
         split, None, {m: events}, notes=notes)
     return listing[keep]
@@ -951,7 +1027,7 @@ def list_ucf51(lists: Path, features: Path, subset: bool) -> Listing:
     expect(lists / "UCF51Categories.txt", len(classes), 51, subset, "classes")
     ids = [row["video_id"] for row in rows]
     sources = {m: (shape, archives(features / m / "zip", ids)) for m, shape in (("audio", AUDIO), ("video", VIDEO))}
-    return Listing("ucf51", ids, classes, sources, ucf_splits(ids),
+    return Listing("ucf51", "UCF-101", ids, classes, sources, ucf_splits(ids),
                    np.array([number(classes, row["category"], path) for row in rows]))
 
 
@@ -969,8 +1045,10 @@ def list_ucf_vgg(lists: Path, ucf: Path, vgg: Path, options: Options) -> dict:
         expect(path, len(rows), size, options.subset)
         ids = [row["video_id"] for row in rows]
         sources = {m: (VIDEO if m == "video" else AUDIO, archives(folder / m / "zip", ids))}
-        listings[side] = Listing(f"ucf-vgg-{side}", ids, names[1], sources, ucf_splits(ids) if side == "ucf" else
-                                 in_splits(rows), np.array([number(names[own], r["category"], path) for r in rows]))
+        split = ucf_splits(ids) if side == "ucf" else in_splits(rows)
+        label = np.array([number(names[own], row["category"], path) for row in rows])
+        origin = "UCF-101" if side == "ucf" else "VGGSound"
+        listings[side] = Listing(f"ucf-vgg-{side}", origin, ids, names[1], sources, split, label)
     shared = [i for i in range(len(names[1])) if all((listing.label == i).any() for listing in listings.values())]
     for side, listing in listings.items() if not options.faithful else ():
         keep = np.flatnonzero(np.isin(listing.label, shared))
@@ -1119,7 +1197,8 @@ def list_avs(lists: Path, features: Path, s4: Path, maps: Optional[Path], subset
         frames = [str(s4 / "gt_masks" / p / i / f"{i}_{frame}.png") for frame in range(1, 6)]
         masks.append([int(value), *(frame if k == 0 or not p.startswith("train") else None
                                     for k, frame in enumerate(frames))])
-    return Listing("avs-s4", ids, classes, sources, in_splits(rows), label, mask=((T, 224, 224), masks), even=True)
+    return Listing("avs-s4", "AVSBench", ids, classes, sources, in_splits(rows), label, mask=((T, 224, 224), masks),
+                   even=True)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -1201,7 +1280,7 @@ def convert_mscoco(root: Root, out: str, options: Options = Options(), text: Tex
         ids, captions = [f"{int(p['image_id']):012d}" for p in pairs], [p["caption"] for p in pairs]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a readable list ({type(error).__name__}: {first_line(error)})")
-    listing = Listing("mscoco", ids, [], {"video": (VIDEO, archives(root / "feature/zip", ids))},
+    listing = Listing("mscoco", "MSCOCO", ids, [], {"video": (VIDEO, archives(root / "feature/zip", ids))},
                       np.full(len(ids), 2, np.uint8), even=True)
     write_clips(with_text(listing, ("video", "text"), captions, range(len(ids)), text), out, options)
 
@@ -1216,7 +1295,7 @@ def convert_clotho(root: Root, captions: Path, out: str, options: Options = Opti
     rows = read_table(captions, ",", ("file_name", *columns))
     ids, group = [row["file_name"][:-4] for row in rows for _ in columns], np.arange(5 * len(rows)) // 5
     sentences = [row[column] for row in rows for column in columns]
-    listing = Listing("clotho", ids, [], {"audio": (AUDIO, archives(root / "feature/zip", ids))},
+    listing = Listing("clotho", "Clotho", ids, [], {"audio": (AUDIO, archives(root / "feature/zip", ids))},
                       np.full(len(ids), 2, np.uint8), group=group, even=True)
     listing.ids = [f"{name}-{i % 5 + 1}" for i, name in enumerate(ids)]
     write_clips(with_text(listing, ("audio", "text"), sentences, range(len(ids)), text), out, options)

@@ -36,8 +36,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import probes
-from data import (Batches, Features, InputError, data_files, explain_input_errors, first_line, git_commit, pick_device,
-                  require_shape, write)
+from data import (PROCESSES, RANK, Batches, Features, InputError, add_up, average_gradients, data_files,
+                  explain_input_errors, first_line, gather, git_commit, join_processes, of_all, pick_device,
+                  require_shape, share, write)
 
 METHOD = "micu"
 
@@ -212,6 +213,7 @@ def ema_update(ema_count, ema_sum, code_index, vectors, decay: float):
     vectors = vectors.detach().to(ema_sum.dtype)
     count = torch.zeros_like(ema_count).index_add_(0, code_index, torch.ones_like(vectors[:, 0]))
     total = torch.zeros_like(ema_sum).index_add_(0, code_index, vectors)
+    count, total = add_up(count), add_up(total)  # over all processes
     ema_count = decay * ema_count + (1 - decay) * count
     ema_sum = decay * ema_sum + (1 - decay) * total
     eps, n = 1e-5, ema_count.sum()
@@ -247,7 +249,7 @@ class Quantizer(nn.Module):
 
     def candidates(self, z: dict, source: str, generator):
         """K encoder outputs in random order, (K, D): means over the modalities (`paired`) or single ones (`batch`)."""
-        stacked = torch.stack(list(z.values())).detach()  # (M, B, T, D)
+        stacked = gather(torch.stack(list(z.values())).detach(), 1)  # (M, B, T, D) of all processes
         rows = (stacked.mean(0) if source == "paired" else stacked).flatten(0, -2)
         order = torch.randperm(len(rows), generator=generator, device=rows.device)
         return rows[order[torch.arange(len(self.codebook), device=rows.device) % len(rows)]]
@@ -265,6 +267,7 @@ class Quantizer(nn.Module):
         for buffer, value in zip((self.ema_count, self.ema_sum, self.codebook), state):
             buffer.copy_(value)
         used = torch.zeros_like(self.usage).scatter_add_(1, index, torch.ones_like(index, dtype=self.usage.dtype))
+        used = add_up(used)
         self.usage += used
         self.idle.copy_(torch.where(used > 0, 0, self.idle + 1))
         if self.reset_after:
@@ -331,16 +334,18 @@ def commitment_loss(z: dict, code_index: dict, codebook):
     return sum(F.mse_loss(z[m], F.embedding(code_index[m], codebook).detach()) for m in z)
 
 
-def info_nce(query, candidates, temperature: float, similarity: str = "dot"):
+def info_nce(query, candidates, temperature: float, similarity: str = "dot", of_all_processes: bool = False):
     """InfoNCE with the positives on the diagonal: query and candidates (..., N, D) -> ()
 
-    mean_i -log( exp(q_i.c_i / tau) / sum_k exp(q_i.c_k / tau) ). Raises ValueError on unequal shapes."""
+    mean_i -log( exp(q_i.c_i / tau) / sum_k exp(q_i.c_k / tau) ), over the candidates of all processes if wanted.
+    Raises ValueError on unequal shapes."""
     require_shape("query", query, (*query.shape[:-2], -1, -1))
     require_shape("candidates", candidates, query.shape)
     if similarity == "cosine":
         query, candidates = F.normalize(query, dim=-1), F.normalize(candidates, dim=-1)
+    candidates, first = (gather(candidates, -2), RANK * query.shape[-2]) if of_all_processes else (candidates, 0)
     logits = query @ candidates.transpose(-1, -2) / temperature  # (..., N, N)
-    return -logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+    return -logits.log_softmax(-1).diagonal(first, -2, -1).mean()
 
 
 def fcmi_loss(z: dict, mask, temperature: float, similarity: str = "dot"):
@@ -360,7 +365,7 @@ def fcmi_loss(z: dict, mask, temperature: float, similarity: str = "dot"):
     # Eq. 4: per clip i, query zbar_m[i, j] against z_n[i, k] over segments k, positive k = j
     fine = pairs * info_nce(query, whole, temperature, similarity)
     # Eq. 5: query mean_t zbar_m[i] against mean_t z_n[j] over clips j, positive j = i
-    coarse = pairs * info_nce(query.mean(-2), whole.mean(-2), temperature, similarity)
+    coarse = pairs * info_nce(query.mean(-2), whole.mean(-2), temperature, similarity, of_all_processes=True)
     return fine, coarse
 
 
@@ -373,11 +378,11 @@ def time_aligned(z: dict) -> dict:
 def draw_masks(z: dict, args: Args, generator):
     """FCMI's masks of ones and zeros: (B, 1, D) over channels or (B, T, 1) over segments, for all or {m: mask}."""
     b, t, d = next(iter(z.values())).shape
-    shape = (b, 1, d) if args.mask_axis == "channel" else (b, t, 1)
+    shape = (b * PROCESSES, 1, d) if args.mask_axis == "channel" else (b * PROCESSES, t, 1)
     draw = partial(torch.rand, shape, generator=generator, device=generator.device)
     if args.mask_sharing == "same":
-        return (draw() >= args.mask_ratio).float()
-    return {m: (draw() >= args.mask_ratio).float() for m in z}
+        return (share(draw()) >= args.mask_ratio).float()
+    return {m: (share(draw()) >= args.mask_ratio).float() for m in z}
 
 
 class CUJP(nn.Module):
@@ -404,8 +409,10 @@ class CUJP(nn.Module):
     def forward(self, quantized: dict, generator=None):
         """quantized {m: (B, T, D)} -> () cross-entropy of the permutation, mean over vectors and permutations"""
         parts = torch.stack(self.cut(quantized)).unflatten(-1, (self.splits, -1))  # (M, N, O, w)
-        chosen = torch.randint(len(parts), parts.shape[1:3], generator=generator, device=parts.device)  # (N, O)
-        chosen = chosen == torch.arange(len(parts), device=parts.device)[:, None, None]  # (M, N, O) one-hot
+        many, n, o, _ = parts.shape
+        chosen = torch.randint(many, (n * PROCESSES, o), generator=generator, device=parts.device)
+        chosen = share(chosen)  # (N, O)
+        chosen = chosen == torch.arange(many, device=parts.device)[:, None, None]  # (M, N, O) one-hot
         return self.puzzle((parts * chosen[..., None]).sum(0), generator)
 
     def cut(self, quantized: dict) -> list:
@@ -420,7 +427,8 @@ class CUJP(nn.Module):
         n, o, w = parts.shape
         p, device = len(self.permutations), parts.device
         if self.samples:
-            target = torch.randint(p, (n, self.samples), generator=generator, device=device)  # (N, S)
+            target = torch.randint(p, (n * PROCESSES, self.samples), generator=generator, device=device)
+            target = share(target)  # (N, S)
         else:
             target = torch.arange(p, device=device).expand(n, p)  # (N, P)
         row = torch.arange(n, device=device)[:, None, None] * o + self.permutations[target]  # (N, S, O)
@@ -451,9 +459,12 @@ def encode(model: Model, features, modality: str):
 
 # ---------------------------------------------------------------------------------------------------------- run folder
 # The released probes' settings; `metric` picks the epoch, `widths` are those of the layers of the segment probe, D / n.
+# `_target`: tested on files of their own (UCF-51); `_across`: on another data set (UCF <-> VGG, AVE -> AVVP).
 PAPER = {"classification": {"epochs": 30, "learning_rate": 4e-4, "batch_size": 80, "metric": "acc"},
          "open_set": {"epochs": 25, "learning_rate": 4e-4, "batch_size": 80, "metric": "hos"},
-         "localization": {"epochs": 30, "learning_rate": 4e-4, "batch_size": 80, "metric": "f1", "widths": (1,)}}
+         "localization": {"epochs": 30, "learning_rate": 4e-4, "batch_size": 80, "metric": "f1", "widths": (1,)},
+         "open_set_target": {"epochs": 16, "learning_rate": 4e-4, "batch_size": 80, "metric": "hos"},
+         "classification_across": {"epochs": 40, "learning_rate": 4e-4, "batch_size": 80, "metric": "acc"}}
 
 
 def paper_settings(pretraining_epochs: int) -> dict:
@@ -565,6 +576,7 @@ if __name__ == "__main__":
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
+    join_processes(device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
     # a stream of random numbers for each part, so that a loss less leaves the other draws as they were
     streams = {name: torch.Generator(device).manual_seed(args.seed * 1000 + i)
@@ -580,7 +592,7 @@ if __name__ == "__main__":
         "cujp_samples": 8 if small else 0})  # METHOD
     modalities = list(shape)
     args.tasks = args.tasks or probes.default_tasks(probe_features)
-    probes.check_request(probe_features, shape, args.tasks, args.known, probe_target, args.class_map)
+    probes.check_request(probe_features, shape, args.tasks, args.protocol, args.known, probe_target, args.class_map)
     batches = Batches(features, modalities, "train", args.batch_size, device, args.seed, args.features_on)
     steps, origin = args.epochs * len(batches), {"data_sha256": features.sha256(), "git": git_commit()}
     seconds = {"data": time.perf_counter() - clock}
@@ -620,13 +632,16 @@ if __name__ == "__main__":
         except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"{args.resume}/checkpoint.pt does not fit these settings or this kind of device: "
                              f"{str(error).splitlines()[-1].strip()}")
-    run = make_run_folder(args, features.name)
-    write(run / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=1)))
-    log_file = run / "metrics.jsonl"
-    lines = log_file.read_text().splitlines() if log_file.exists() else []
-    lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write(log_file, lambda path: path.write_text("".join(line + "\n" for line in lines)))
-    writer = SummaryWriter(str(run), purge_step=step + 1 if state else None)
+    if RANK:
+        torch.manual_seed(args.seed + 1_000_003 * RANK + step)  # dropout draws otherwise in every process
+    run = of_all(make_run_folder(args, features.name) if RANK == 0 else None)[0]
+    if RANK == 0:  # the first process alone writes and probes
+        write(run / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=1)))
+        log_file = run / "metrics.jsonl"
+        lines = log_file.read_text().splitlines() if log_file.exists() else []
+        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write(log_file, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+        writer = SummaryWriter(str(run), purge_step=step + 1 if state else None)
 
     def log(tags: dict, step: int) -> None:
         with open(log_file, "a") as stream:
@@ -651,7 +666,7 @@ if __name__ == "__main__":
         return tags, selections
 
     def on_signal(number, frame):
-        if interrupts or step == steps:
+        if interrupts and PROCESSES == 1 or step == steps:
             print(f"stopped at once, the last checkpoint stays; continue with: {again}")
             sys.exit(128 + number)
         interrupts.append(number)
@@ -661,7 +676,8 @@ if __name__ == "__main__":
         signal.signal(number, on_signal)
 
     # ---- training
-    bar = tqdm(total=steps, initial=step, desc=METHOD, disable=not sys.stdout.isatty(), dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=step, desc=METHOD, disable=not sys.stdout.isatty() or RANK > 0,
+               dynamic_ncols=True)
     modules.train()
     clock, last_clock, last_step = time.perf_counter() - seconds.get("train", 0.0), time.perf_counter(), step
     while step < steps:
@@ -687,6 +703,7 @@ if __name__ == "__main__":
 
             optimizer.zero_grad()
             loss.backward()
+            average_gradients(modules)
             grad_norm = nn.utils.clip_grad_norm_(modules.parameters(), 0.5)
             optimizer.step()
             with torch.no_grad():
@@ -695,8 +712,11 @@ if __name__ == "__main__":
             step += 1
             bar.update()
 
-            stop, epoch_end = interrupts or step >= (args.stop_after_steps or math.inf), step % len(batches) == 0
+            epoch_end = step % len(batches) == 0
             logs = step % args.log_every == 0 or epoch_end
+            if PROCESSES > 1:  # all stop at one step
+                interrupts = sum(of_all(interrupts), []) if logs else interrupts
+            stop = (interrupts and (logs or PROCESSES == 1)) or step >= (args.stop_after_steps or math.inf)
             if (logs or stop) and not (loss + grad_norm).isfinite():
                 values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
                 raise InputError(f"not finite at step {step}: loss {loss.item():.3g}, gradient {grad_norm.item():.3g}, "
@@ -706,11 +726,13 @@ if __name__ == "__main__":
             if logs:
                 tags = {f"losses/{name}": value for name, value in losses.items()} | {"losses/total": loss}
                 tags |= codebook_health(model.quantizer, code_index) | {"charts/grad_norm": grad_norm}
-                tags = dict(zip(tags, torch.stack([v.detach().float() for v in tags.values()]).tolist()))
+                values = add_up(torch.stack([v.detach().float() for v in tags.values()])) / PROCESSES
+                tags = dict(zip(tags, values.tolist()))
                 elapsed = time.perf_counter() - last_clock
                 tags["charts/epoch"] = step / len(batches)
                 tags["charts/clips_per_second"] = args.batch_size * (step - last_step) / elapsed
-                log(tags, step)
+                if RANK == 0:
+                    log(tags, step)
                 used = "/".join(f"{tags[f'codebook/used_{m}']:.0f}" for m in modalities)
                 bar.set_postfix_str(f"loss {tags['losses/total']:.2f}, codes {used}, agreement "
                                     f"{tags['codebook/agreement']:.2f}")
@@ -719,13 +741,17 @@ if __name__ == "__main__":
                 last_clock, last_step = time.perf_counter(), step
             if stop or epoch_end:
                 seconds["train"] = time.perf_counter() - clock
-                save_checkpoint(step)
-            if args.eval_every and step % (args.eval_every * len(batches)) == 0 and step < steps:
+                if RANK == 0:
+                    save_checkpoint(step)
+            if args.eval_every and step % (args.eval_every * len(batches)) == 0 and step < steps and RANK == 0:
                 evaluate(step)
             if stop:
-                print(f"stopped after step {step} of {steps}, checkpoint saved; continue with: {again}")
+                if RANK == 0:
+                    print(f"stopped after step {step} of {steps}, checkpoint saved; continue with: {again}")
                 sys.exit(128 + interrupts[0] if interrupts else 0)
     bar.close()
+    if RANK:
+        sys.exit()
 
     # ---- final probes, results
     clock = time.perf_counter()

@@ -394,6 +394,8 @@ def class_names(features: Features, target: Optional[Features], class_map: tuple
 
     `class_map` has entries `target's name=source's name`; other names stay. Raises InputError on names not there."""
     names = dict(entry.split("=", 1) for entry in class_map if "=" in entry)
+    if len(names) < sum("=" in entry for entry in class_map):
+        raise InputError("--class-map: a class of --target is named twice")
     for entry in class_map:
         theirs, ours = entry.split("=", 1) if "=" in entry else (entry, None)
         if target is None or ours not in features.classes or theirs not in target.classes:
@@ -412,8 +414,9 @@ def known_sets(known: tuple, classes: list) -> dict:
         parts = entry.split(",")
         if not all(part.isdecimal() for part in parts):
             raise InputError(f"--known {entry}: give a number of first classes, or class numbers such as 0,2,4")
-        sets[entry] = sorted(set(map(int, parts))) if len(parts) > 1 else list(range(int(entry)))
-        if not sets[entry] or max(sets[entry]) >= len(classes):
+        most = max(map(int, parts)) + (len(parts) > 1)
+        sets[entry] = sorted(set(map(int, parts))) if len(parts) > 1 else list(range(min(most, len(classes) + 1)))
+        if not 1 <= most <= len(classes):
             raise InputError(f"--known {entry}: the data has {len(classes)} classes, numbered from 0")
     return sets
 
@@ -452,8 +455,8 @@ def ordered_pairs(sources, targets) -> list:
     return [(a, b) for a in sources for b in targets if a != b]
 
 
-def check_request(features: Features, shape: dict, tasks: tuple, known: tuple, target: Optional[Features] = None,
-                  class_map: tuple = ()) -> None:
+def check_request(features: Features, shape: dict, tasks: tuple, protocols: tuple, known: tuple,
+                  target: Optional[Features] = None, class_map: tuple = ()) -> None:
     """Raise InputError before any training if the probes could not run on these features, of a model for `shape`."""
     sides = [features] if target is None else [features, target]
     held = [[m for m in shape if m in side.modalities] for side in sides]
@@ -469,21 +472,28 @@ def check_request(features: Features, shape: dict, tasks: tuple, known: tuple, t
     classes, names = class_names(features, target, class_map)
     parts = parts_of(*(ProbeSet(side, classes, names if side is target else {}, "cpu") for side in sides),
                      *([None] if target is None else []))
-    where = {"train": path, "val": path, "test": end}
-    if target and not classes and {"classification", "open_set", "localization"} & set(tasks):
+    where = {name: end if "test" in name else path for name in parts}
+    splits = {"clean": ("train", "test"), "paper": ("paper_train", "paper_test")}
+
+    def need(task: str, name: str, there: bool, what: str = ""):
+        if not there:
+            split = name.replace("paper_", "") if target is None else name.replace("paper_train", "source").replace(
+                "paper_test", "target")
+            raise InputError(f"{where[name]}: the {split} split is empty{what}, --tasks {task} needs clips there")
+
+    labelled = {"classification", "open_set", "localization"} & set(tasks)
+    if target and labelled and not classes:
         raise InputError(f"{path}: no class in common with {end}; --class-map renames those of the target")
-
-    def need(task: str, **counts):
-        for split, clips in counts.items():
-            if clips == 0:
-                raise InputError(f"{where[split]}: the {split} split is empty, --tasks {task} needs clips there")
-
     if "localization" in tasks:
         annotated = [localized(side, shape) for side in sides]
-        if not ordered_pairs(annotated[0], annotated[-1]):
+        pairs = ordered_pairs(annotated[0], annotated[-1])
+        if not pairs:
             raise InputError(f"{path}: --tasks localization needs events/<modality> of two modalities, found those of "
                              f"{' '.join(dict.fromkeys(sum(annotated, []))) or 'none'}")
-        need("localization", train=len(parts["train"]), test=len(parts["test"]))
+        for protocol, pair in itertools.product(protocols, pairs):
+            for name, m in zip(splits[protocol], pair):
+                need("localization", name, len(parts[name]) and (target is None or parts[name].events(m).any()),
+                     f" (no clip with an event of a common class in {m})" * bool(target))
     for task in {"retrieval", "x_retrieval"} & set(tasks):
         if len(held[-1]) < 2 or len(set(groups(sides[-1], parts["test"].clips).tolist())) < max(RANKS):
             raise InputError(f"{end}: --tasks {task} needs two modalities and {max(RANKS)} clips or groups in the test "
@@ -493,8 +503,9 @@ def check_request(features: Features, shape: dict, tasks: tuple, known: tuple, t
         raise InputError(f"{path}: --tasks x_retrieval needs three modalities and a train split, found "
                          f"{' '.join(both)} and {len(parts['train'])} clips")
     if "segmentation" in tasks:
-        if any(maps_with_masks(side, both) != maps_with_masks(features, both) for side in sides) or \
-                len(maps_with_masks(features, both)) != 1 or len(both) < 3:
+        maps = [(maps_with_masks(side, both), "mask" in side.files[0].h5 and side.files[0].h5["mask"].shape[2:])
+                for side in sides]
+        if len(maps[0][0]) != 1 or len(both) < 3 or maps[0] != maps[-1]:
             raise InputError(f"{path}: --tasks segmentation needs masks of one size, a single modality of maps whose "
                              "cells divide them, and two other modalities to ask with")
         for split in ("train", "test"):
@@ -503,19 +514,22 @@ def check_request(features: Features, shape: dict, tasks: tuple, known: tuple, t
                                  "them")
     if not {"classification", "open_set"} & set(tasks):
         return
-    label = {split: parts[split].single().label for split in where}
-    for split, found in label.items():
-        if len(found) == 0:
-            raise InputError(f"{where[split]}: the {split} split is empty (no labelled clip with one event), probes "
-                             "need one")
-    if not np.isin(label["train"], label["test"][label["test"] < len(classes)]).any():
-        raise InputError(f"{path}: no class of its training clips is tested in {end}")
-    for entry, numbers in (known_sets(known, classes) if "open_set" in tasks else {}).items():
-        for split, found in label.items():
-            is_known = np.isin(found, numbers)
-            if not is_known.any() or split == "test" and is_known.all():
+    single = {name: part.single() for name, part in parts.items()}
+    wanted = {None: list(range(len(classes)))} if "classification" in tasks else {}
+    wanted |= known_sets(known, classes) if "open_set" in tasks else {}
+    for protocol, (entry, numbers) in itertools.product(protocols, wanted.items()):
+        names = splits[protocol] + ("val",) * (protocol == "clean" and entry is not None)
+        for name in names:
+            need("open_set" if entry else "classification", name, len(single[name]),
+                 " (no labelled clip with one event)")
+        used, label = clean_parts(single, numbers, entry is None) if protocol == "clean" else (
+            single, {name: numbered(numbers, single[name].label, len(classes)) for name in names})
+        for name in names:
+            is_known = label[name] < len(numbers)
+            if not is_known.any() or entry and "test" in name and is_known.all():
                 lacking = "unknown" if is_known.any() else "known"
-                raise InputError(f"{where[split]}: the {split} split has no {lacking} classes for --known {entry}")
+                raise InputError(f"{where[name]}: the {name.replace('paper_', '')} split has no {lacking} classes"
+                                 + (f" for --known {entry}" if entry else f" of those in {path}"))
 
 
 # ----------------------------------------------------------------------------------------------------------- protocols
@@ -528,6 +542,10 @@ def evaluate(model, encode, features: Features, modalities: list, codebook_size:
     Returns ({tag: value}, {m: (K,) code selections on the test clips}). Leaves the model, its mode and the
     random state of the process as they were."""
     training, (classes, names) = model.training, class_names(features, target, class_map)
+    if target:  # the release has settings of their own for other lists and for other data sets
+        origin = [{file.h5.attrs.get("source") for file in side.files} for side in (features, target)]
+        kind = "target" if origin[0] == origin[1] else "across"
+        paper = {task: paper.get(f"{task}_{kind}", setting) for task, setting in paper.items()}
     read = partial(read_codes, model, encode, codebook_size=codebook_size, device=device)
     source = ProbeSet(features, classes, {}, device, read)
     parts = parts_of(source, ProbeSet(target, classes, names, device, read) if target else None)
@@ -546,7 +564,7 @@ def evaluate(model, encode, features: Features, modalities: list, codebook_size:
             model.eval()
             return draws
 
-        shown = parts["test"] if len(parts["test"]) else parts["train"]
+        shown = parts["test"] if len(parts["test"]) else Part(parts["test"].of, np.arange(len(target or features)))
         tags, counts = codebook_metrics({m: shown.codes(m).index for m in present[1]}, codebook_size)
         tags = {f"eval/codebook/{name}": value for name, value in tags.items()}
         if wanted:
@@ -576,19 +594,29 @@ def numbered(numbers: list, label, classes: int):
     return place[label]
 
 
+def clean_parts(parts: dict, numbers: list, closed: bool):
+    """({name: Part} as a clean probe of the known classes `numbers` uses them, {name: labels} by place among those
+    classes, len(numbers) for the unknown ones). Parts of single labelled clips; `closed`: there are no unknown ones.
+
+    Between two files, known classes without a training clip are left out, and of a closed set also those untested."""
+    total, used = len(parts["train"].of.classes), dict(parts)
+    if parts["test"].of is not parts["train"].of:
+        known = torch.tensor(numbers, device=parts["train"].label.device)
+        taught = known[torch.isin(known, parts["train"].label)]
+        taught = taught[torch.isin(taught, parts["test"].label)] if closed else taught
+        for name in ("train", "val", "same", "test"):
+            label = parts[name].label
+            keep = torch.isin(label, taught)
+            keep = keep if closed else keep | ~torch.isin(label, known)
+            used[name] = parts[name][keep.cpu()]
+    return used, {name: numbered(numbers, part.label, total) for name, part in used.items()}
+
+
 def clean(parts, wanted, pairs, modalities, score) -> dict:
     """Nothing is chosen with test labels. parts {name: Part}, wanted {None or --known: known classes} -> tags"""
-    tags, own_target, total = {}, parts["test"].of is not parts["train"].of, len(parts["train"].of.classes)
+    tags = {}
     for source, (entry, numbers) in itertools.product(dict.fromkeys(a for a, _ in pairs), wanted.items()):
-        used = {name: parts[name] for name in ("train", "val", "same", "test")}
-        if own_target:  # nobody can name a class that has no training clip; classes not in common may be unknown ones
-            ours, theirs = (used[name].label for name in ("train", "test"))
-            for name in ("same", "test"):
-                keep = torch.isin(used[name].label, ours[ours < total]) | ((used[name].label == total) & bool(entry))
-                used[name] = used[name][keep.cpu()]
-            if entry is None:
-                used["train"] = used["train"][torch.isin(ours, theirs[theirs < total]).cpu()]
-        label = {name: numbered(numbers, part.label, total) for name, part in used.items()}
+        used, label = clean_parts(parts, numbers, entry is None)
         keep, known = label["train"] < len(numbers), len(numbers)
         seen = used["train"].codes(source)[keep]
         run = ProbeTraining(partial(ClipProbe, seen.rows.shape[-1], known), label["train"].device)
@@ -647,7 +675,9 @@ def as_published(noisy, parts, wanted, pairs, modalities, paper) -> dict:
     # classification without a target of its own: the training clips in the other modality
     own_target = parts["paper_test"].of is not parts["paper_train"].of
     scored = {entry: parts["paper_test" if own_target or entry else "paper_train"] for entry in wanted}
+    scored = {entry: part if entry else part[(part.label < total).cpu()] for entry, part in scored.items()}
     task = {entry: "open_set" if entry else "classification" for entry in wanted}
+    longest = max(paper[name]["epochs"] for name in task.values())
     for source in dict.fromkeys(a for a, _ in pairs):
         draws, runs = noisy[source], {}
         label = {entry: numbered(numbers, parts["paper_train"].label, total) for entry, numbers in wanted.items()}
@@ -655,7 +685,7 @@ def as_published(noisy, parts, wanted, pairs, modalities, paper) -> dict:
             setting = paper[task[entry]]
             probe = partial(ClipProbe, draws[0].rows.shape[-1], len(numbers))
             runs[entry] = ProbeTraining(probe, label[entry].device, setting["learning_rate"], setting["batch_size"])
-        for epoch, (entry, run) in itertools.product(range(max(s["epochs"] for s in paper.values())), runs.items()):
+        for epoch, (entry, run) in itertools.product(range(longest), runs.items()):
             setting, known = paper[task[entry]], len(wanted[entry])
             if epoch >= setting["epochs"]:
                 continue
@@ -735,7 +765,8 @@ def items(part: Part, modality: str):
             for row, x in enumerate(part.features.read(modality, part.clips[i:i + 200]), i):
                 seen.setdefault((group[row].item(), hashlib.sha256(x).digest()), row)
         rows = torch.tensor(list(seen.values()))
-    return part[rows].codes(modality).mean().cpu(), group[rows], part[rows].label.cpu()
+    label = torch.from_numpy(part.features.label[part.clips])  # the file's own: nothing is learned of classes
+    return part[rows].codes(modality).mean().cpu(), group[rows], label[rows]
 
 
 def chance(of, among, k: int) -> float:
@@ -1046,12 +1077,12 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, official: Optional[str
         raise InputError(f"--out {out}: the folder does not exist")
     method, args, shape, model, epochs = load_official(Path(run), method) if official else load(Path(run))
     known, score, device = known or args.known, score or args.score, pick_device(device)
-    if not files:
-        target, class_map = target or args.probe_target, class_map or args.class_map
+    if not files and not target:
+        target, class_map = args.probe_target, class_map or args.class_map
     features = Features(data_files(files or args.probe_data or args.data, args.runs_dir))
     target = Features(data_files(target, args.runs_dir)) if target else None
     tasks = tasks or args.tasks or default_tasks(features)
-    check_request(features, shape, tasks, known, target, class_map)
+    check_request(features, shape, tasks, protocol, known, target, class_map)
     model = model.float().to(device)  # the authors' may be float64
     tags, _ = evaluate(model, method.encode, features, list(shape), args.codebook_size, device, tasks, protocol, known,
                        score, method.paper_settings(epochs), target, class_map)

@@ -1,130 +1,238 @@
-"""Milliseconds of a training step by part, clips a second and peak memory, on whatever device there is.
+"""Milliseconds of a training step by part, clips a second, arithmetic and peak memory, of a script run as it is.
 
-    python benchmarks/speed.py                                        # digits shapes
-    python benchmarks/speed.py --shapes vggsound --precision bf16     # 10x7x7x512, 10x128, 10x768
+    python benchmarks/speed.py                                            # all methods, digits shapes
+    python benchmarks/speed.py --shapes vggsound --precision bf16         # 10x7x7x512, 10x128, 10x768
+    python benchmarks/speed.py --method micu --features-on file --clips 4000     # read ahead from the file
+    python benchmarks/speed.py --method micu -- --cujp-samples 0          # flags of the script after --
 
-Features are random numbers already on the device: timing needs shapes, not meaning. Device events on CUDA, a wall clock
-on CPU; median and quartiles over --steps steps after a warm-up. Appends to benchmarks/speed.json.
+The script's own main program runs on random features; around the functions and modules of its step lie stopwatches:
+device events on CUDA, which add no synchronisation, a wall clock on CPU. Median and quartiles over --steps steps after
+a warm-up. FLOP are counted by torch over one step (LSTMs and elementwise work are not in it) and compared with the
+device's own matrix product. Appends to benchmarks/speed.json.
 """
+import ast
+import gc
 import json
+import os
 import platform
 import resource
 import statistics
 import sys
+import tempfile
 import time
-from functools import partial
+from collections import defaultdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
+import h5py
+import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 import tyro
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import micu  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 from data import git_commit, pick_device  # noqa: E402
 
 SHAPES = {"digits": {"audio": (10, 130), "video": (10, 7, 7, 64), "text": (10, 384)},
           "vggsound": {"audio": (10, 128), "video": (10, 7, 7, 512), "text": (10, 768)}}
+LARGE = {"micu": ["--cujp-samples", "0"]}  # what the scripts choose for 10,000 clips and more
+PARTS = {  # of a step: names in a script
+    "encoders": ["SemanticEncoder"], "quantizer": ["Quantizer.forward", "AlignedQuantizer.forward"],
+    "specific": ["SpecificEncoder"], "decoders": ["Decoder"],
+    "commitment": ["commitment_loss", "teacher_commitment_loss", "row_commitment_loss"],
+    "fcmi": ["draw_masks", "fcmi_loss"], "cujp": ["CUJP", "MMJP"], "cpc": ["CrossModalCPC"], "cmcm": ["cmcm_loss"],
+    "club fit": ["CLUB.fit_loss"], "club": ["CLUB", "pool_specific"],
+    "ema": ["Quantizer.update", "AlignedQuantizer.update", "ema_vectors", "temporal_mix"]}
 
 
-class Stopwatch:
-    """Marks between the parts of a step; CUDA events are read after the step, so timing adds no synchronisation."""
+class Stopwatches:
+    """Spans of named parts within steps. A part that runs inside another one belongs to the outer one."""
 
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
+    def __init__(self, device, warmup: int, steps: int):
+        self.cuda, self.warmup, self.last = device.type == "cuda", warmup, warmup + steps
+        self.step, self.inside, self.spans, self.flop, self.counter = -1, False, [], 0, None
 
-    def mark(self, name: str):
-        event = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
-        if self.cuda:
-            event.record()
-        self.marks.append((name, event))
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-    def start(self):
-        self.marks = []
-        self.mark("start")
+    def timed(self, part: str, function):
+        def around(*args, **keywords):
+            if self.inside:
+                return function(*args, **keywords)
+            self.inside, start = True, self.now()
+            try:
+                return function(*args, **keywords)
+            finally:
+                self.inside = False
+                self.spans.append((self.step, part, start, self.now()))
+        return around
 
-    def stop(self) -> dict:
+    def input(self, epoch):
+        """Around `Batches.epoch`: what lies between two batches is a step."""
+        def around(*args, **keywords):
+            batches = epoch(*args, **keywords)
+            while True:
+                self.step += 1
+                if self.step == 2:  # the second step: the first one starts the codebook
+                    self.counter = FlopCounterMode(display=False)
+                    self.counter.__enter__()
+                elif self.step == 3:
+                    self.counter.__exit__(None, None, None)
+                    self.flop = self.counter.get_total_flops()
+                if self.step == self.warmup and self.cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                start = self.now()
+                batch = next(batches, None)
+                if batch is None:
+                    self.step -= 1
+                    return
+                self.spans.append((self.step, "input", start, self.now()))
+                yield batch
+        return around
+
+    def rows(self) -> list:
+        """[{part: milliseconds}] of the measured steps, with `rest` and `step`"""
         if self.cuda:
             torch.cuda.synchronize()
-        spans = zip(self.marks, self.marks[1:])
-        return {name: a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for (_, a), (name, b) in spans}
+        between = (lambda a, b: a.elapsed_time(b)) if self.cuda else (lambda a, b: 1e3 * (b - a))
+        rows, starts = defaultdict(lambda: defaultdict(float)), {}
+        for step, part, start, end in self.spans:
+            starts.setdefault(step, start)
+            rows[step][part] += between(start, end)
+        whole = []
+        for step in range(self.warmup, self.last):
+            row = dict(rows[step])
+            total = between(starts[step], starts[step + 1])
+            whole.append(row | {"rest": total - sum(row.values()), "step": total})
+        return whole
 
 
-def main(shapes: Literal["digits", "vggsound"] = "digits", batch_size: int = 80, device: str = "auto",
-         precision: Literal["fp32", "bf16"] = "fp32", compile: bool = False, steps: int = 20, warmup: int = 5,
-         cujp_samples: int = -1) -> None:
-    device, shape, small = pick_device(device), SHAPES[shapes], shapes == "digits"
-    args = micu.Args(batch_size=batch_size, reset_after=10 if small else 300, recon_width=1 if small else 2, epochs=1,
-                     cujp_samples=cujp_samples if cujp_samples >= 0 else 8 if small else 0)
-    torch.manual_seed(0)
-    model = micu.Model(shape, args).to(device)
-    jigsaw = micu.CUJP(args.code_dim, args.cujp_splits, 256, len(shape), 0, args.cujp_samples).to(device)
-    if compile:
-        for module in (*model.semantic.values(), *model.specific.values(), *model.decoder.values()):
-            module.compile()
-    modules = nn.ModuleDict({"model": model, "jigsaw": jigsaw})
-    optimizer = torch.optim.Adam(modules.parameters(), lr=4e-4, fused=True)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
-    pool = {m: torch.rand(4 * batch_size, *s, dtype=torch.half).to(device) for m, s in shape.items()}
-    stream, watch, rows = torch.Generator(device).manual_seed(0), Stopwatch(device), []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def write_random(path: Path, shape: dict, clips: int) -> None:
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as h5:
+        h5.attrs.update(format="cmg-features", version=1, name="random")
+        h5["split"], h5["id"] = np.zeros(clips, np.uint8), [str(i) for i in range(clips)]
+        for m, s in shape.items():
+            data = h5.create_dataset(m, (clips, *s), np.float16)
+            for i in range(0, clips, 100):
+                data[i:i + 100] = rng.standard_normal((min(100, clips - i), *s), np.float32)
 
-    for step in range(warmup + steps):
-        watch.start()
-        index = torch.randint(4 * batch_size, (batch_size,), device=device)
-        batch = {m: x[index].float() for m, x in pool.items()}
-        watch.mark("input")
-        with autocast():
-            z = {m: model.semantic[m](x) for m, x in batch.items()}
-        z = {m: v.float() for m, v in z.items()}
-        watch.mark("encoders")
-        if step == 0:
-            model.quantizer.start(z, stream)
-        quantized, code_index = model.quantizer(z)
-        watch.mark("quantizer")
-        with autocast():
-            decoded = {m: model.decoder[m](quantized[m], model.specific[m](x)) for m, x in batch.items()}
-        losses = {"recon": sum(F.mse_loss(decoded[m].float(), x) for m, x in batch.items())}
-        watch.mark("reconstruction")
-        losses["commitment"] = micu.commitment_loss(z, code_index, model.quantizer.codebook)
-        watch.mark("commitment")
-        losses["fine"], losses["coarse"] = micu.fcmi_loss(z, micu.draw_masks(z, args, stream), 0.1, "cosine")
-        watch.mark("fcmi")
-        with autocast():
-            losses["cujp"] = jigsaw(quantized, stream)
-        watch.mark("cujp")
-        optimizer.zero_grad()
-        into = torch.autograd.grad(losses.pop("cujp"), (*quantized.values(), *jigsaw.parameters()))
-        watch.mark("cujp backward")
-        torch.autograd.backward((sum(losses.values()), *quantized.values()), (None, *into[:len(quantized)]))
-        watch.mark("other backward")
-        nn.utils.clip_grad_norm_(modules.parameters(), 0.5)
-        optimizer.step()
-        watch.mark("optimizer")
-        with torch.no_grad():
-            model.quantizer.update(z, code_index, z, stream)
-        watch.mark("ema")
-        row = watch.stop()
-        if step >= warmup:
-            rows.append(row | {"step": sum(row.values())})
 
-    report = {"command": "python benchmarks/speed.py " + " ".join(sys.argv[1:]), "git": git_commit(),
-              "torch": torch.__version__, "threads": torch.get_num_threads(), "cujp_samples": args.cujp_samples,
-              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"}
-    report["milliseconds"] = {name: [round(q, 2) for q in statistics.quantiles([r[name] for r in rows], n=4)]
-                              for name in rows[0]}
-    report["clips_per_second"] = round(1e3 * batch_size / report["milliseconds"]["step"][1], 1)
-    report["peak_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda"
-                                     else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    out = Path(__file__).with_name("speed.json")
-    out.write_text(json.dumps((json.loads(out.read_text()) if out.exists() else []) + [report], indent=1) + "\n")
-    print(f"{report['device']}, torch {report['torch']}, {report['threads']} threads, batch {batch_size}, {precision}")
-    for name, (low, median, high) in report["milliseconds"].items():
-        print(f"  {name:15}{median:9.2f} ms   [{low:.2f}, {high:.2f}]")
-    print(f"  {report['clips_per_second']} clips a second, peak memory {report['peak_memory_mb']} MB")
+def run(method: str, device, warmup: int, steps: int, options: list) -> Stopwatches:
+    """Run `python METHOD.py options` in this process with stopwatches around its parts; its last step is the end."""
+    watch, source = Stopwatches(device, warmup, steps), (ROOT / f"{method}.py").read_text()
+    *body, main = ast.parse(source).body
+    namespace = {"__name__": "__main__", "__file__": f"{method}.py"}
+    exec(compile(ast.Module(body, []), f"{method}.py", "exec"), namespace)
+    for part, names in PARTS.items():
+        for name in names:
+            owner, _, attribute = name.partition(".")
+            if owner not in namespace:
+                continue
+            if attribute:
+                setattr(namespace[owner], attribute, watch.timed(part, getattr(namespace[owner], attribute)))
+            elif isinstance(namespace[owner], type):
+                namespace[owner].__call__ = watch.timed(part, namespace[owner].__call__)
+            else:
+                namespace[owner] = watch.timed(part, namespace[owner])
+    patched = [(torch.Tensor, "backward", "backward"), (torch.optim.Adam, "step", "optimizer"),
+               (torch.nn.utils, "clip_grad_norm_", "optimizer"), (torch.optim.Optimizer, "zero_grad", "optimizer")]
+    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in patched]
+    batches = namespace["Batches"]
+    kept.append((batches, "epoch", batches.epoch))
+    for owner, name, part in patched:
+        setattr(owner, name, watch.timed(part, getattr(owner, name)))
+    batches.epoch = watch.input(batches.epoch)
+    saved, sys.argv = sys.argv, [f"{method}.py", *options]
+    try:
+        exec(compile(ast.Module([main], []), f"{method}.py", "exec"), namespace)
+    except SystemExit:
+        pass
+    finally:
+        sys.argv = saved
+        for owner, name, value in kept:
+            setattr(owner, name, value)
+    return watch
+
+
+def matrix_peak(device, dtype) -> float:
+    """TFLOP a second of a large matrix product, the best of several"""
+    n = 8192 if device.type == "cuda" else 2048
+    a, best = torch.randn(n, n, device=device, dtype=dtype), 0.0
+    for _ in range(8):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2e-12 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def reading_alone(path: Path, batch_size: int) -> float:
+    """Clips a second that the disk and the reader give without training, the page cache dropped where possible"""
+    from data import Batches, Features
+    features = Features([path])
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(features.files[0].raw, 0, 0, os.POSIX_FADV_DONTNEED)
+    batches, start = Batches(features, features.modalities, "train", batch_size, "cpu", 0, "file"), time.perf_counter()
+    read = sum(len(next(iter(batch.values()))) for batch in batches.epoch(0))
+    return read / (time.perf_counter() - start)
+
+
+def main(options: tyro.conf.Positional[tuple[str, ...]] = (), *,
+         method: tuple[Literal["uni_code", "micu", "codaar"], ...] = ("uni_code", "micu", "codaar"),
+         shapes: Literal["digits", "vggsound"] = "digits", precision: Literal["fp32", "bf16"] = "fp32",
+         compile: bool = False, batch_size: int = 80, device: str = "auto", steps: int = 20, warmup: int = 5,
+         clips: Optional[int] = None, features_on: Literal["auto", "device", "memory", "file"] = "auto",
+         keep: bool = True) -> None:
+    device, shape, reports = pick_device(device), SHAPES[shapes], []
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    peak = matrix_peak(device, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        path, needed = Path(folder) / "random.h5", batch_size * (warmup + steps + 2)  # one epoch
+        write_random(path, shape, clips or needed)
+        for name in method:
+            gc.collect()
+            epochs = -(-(warmup + steps + 1) // ((clips or needed) // batch_size))
+            flags = ["--data", str(path), "--runs-dir", folder, "--batch-size", str(batch_size), "--epochs",
+                     str(epochs), "--stop-after-steps", str(warmup + steps + 1), "--precision", precision, "--device",
+                     str(device), "--features-on", features_on, "--log-every", "1000000"]
+            flags += ["--compile"] * compile + (["--recon-width", "2", "--reset-after", "300", *LARGE.get(name, [])]
+                                                if shapes == "vggsound" else []) + list(options)
+            watch = run(name, device, warmup, steps, flags)
+            rows = watch.rows()
+            parts = {part: [round(q, 2) for q in statistics.quantiles([row.get(part, 0.0) for row in rows], n=4)]
+                     for part in dict.fromkeys(part for row in rows for part in row)}
+            median = parts["step"][1]
+            report = {"command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]), "method": name,
+                      "git": git_commit(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+                      "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
+                      platform.processor() or "cpu", "milliseconds": parts,
+                      "clips_per_second": round(1e3 * batch_size / median, 1), "tflop": round(watch.flop / 1e12, 4),
+                      "peak_tflops": round(peak, 3), "share_of_peak": round(watch.flop / 1e9 / median / peak, 3),
+                      "peak_memory_mb": round(torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda"
+                                              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+            if features_on == "file":
+                report["reading_alone_clips_per_second"] = round(reading_alone(path, batch_size))
+            reports.append(report)
+            print(f"\n{name}: {report['device']}, torch {report['torch']}, {report['threads']} threads, batch "
+                  f"{batch_size}, {shapes}, {precision}{', compiled' * compile}")
+            for part, (low, middle, high) in parts.items():
+                print(f"  {part:12}{middle:9.2f} ms   [{low:.2f}, {high:.2f}]")
+            print(f"  {report['clips_per_second']} clips a second, {watch.flop / 1e9:.1f} GFLOP a step, "
+                  f"{100 * report['share_of_peak']:.0f} % of the {peak:.2f} TFLOP/s of a matrix product, peak memory "
+                  f"{report['peak_memory_mb']} MB" + (f", reading alone {report['reading_alone_clips_per_second']} "
+                                                      "clips a second" if features_on == "file" else ""))
+    if keep:
+        out = Path(__file__).with_name("speed.json")
+        out.write_text(json.dumps((json.loads(out.read_text()) if out.exists() else []) + reports, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ def ask(path, *tasks, encode=honest, protocols=("clean",), known=(), score="soft
         model=None, paper=micu.paper_settings(0), target=None, class_map=(), size=CLASSES + 1):
     features, target = Features([path]), Features([target]) if target else None
     shape = {m: (T, 5, 5, 8) if m == "video" else (T, 1) for m in modalities}
-    probes.check_request(features, shape, tasks, known, target, class_map)
+    probes.check_request(features, shape, tasks, protocols, known, target, class_map)
     tags, _ = probes.evaluate(model or torch.nn.Module(), encode, features, list(modalities), size, CPU,
                               tasks, protocols, known, score, paper, target, class_map)
     return {tag.removeprefix("eval/"): value for tag, value in tags.items()}
@@ -407,8 +407,8 @@ def test_classification_on_a_target_of_its_own(sides, monkeypatch):
     numbers = {"three": 2, "One": 0, "two": 1}
     test = [i for i in range(50) if i // 5 % 3 == 2]
     assert scored[1] == [numbers[NAMES[i % 5]] for i in test if NAMES[i % 5] in numbers]  # clean: of the test split
-    assert tags["classification/a2t/acc_paper"] == pytest.approx(3 / 5)  # all clips; what nobody taught counts as wrong
-    assert scored[2] == [numbers.get(NAMES[i % 5], 3) for i in range(50)]
+    assert tags["classification/a2t/acc_paper"] == 1  # all clips of the classes that both have
+    assert scored[2] == [numbers[NAMES[i % 5]] for i in range(50) if NAMES[i % 5] in numbers]
     assert "codebook/agreement" not in tags and tags["codebook/used_text"] == 6
 
 
@@ -444,6 +444,175 @@ def test_a_target_that_does_not_fit(sides, change, needles):
     with pytest.raises(InputError) as caught:
         ask_sides(sides, "open_set", **change)
     assert all(needle in str(caught.value) for needle in needles) and "\n" not in str(caught.value)
+
+
+MEANING = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 7}
+ABC = ["one", "two", "three"]
+
+
+@pytest.fixture
+def side(tmp_path, monkeypatch):
+    """`side(modality, names, label, split, change)`: a file of one modality, `change` edits it."""
+    monkeypatch.setattr(probes, "EPOCHS", 100)
+    count = itertools.count()
+
+    def make(modality, names, label, split, change=lambda h5: None):
+        path = write_side(tmp_path / f"side{next(count)}.h5", modality, names, MEANING, np.asarray(label),
+                          np.asarray(split))
+        with h5py.File(path, "r+") as h5:
+            change(h5)
+        return path
+    return make
+
+
+def go(source, target, *tasks, **keywords):
+    return ask_sides((source, target), *tasks, **{"class_map": ()} | keywords)
+
+
+def test_retrieval_by_class_knows_the_target_s_own_classes(side):
+    def change(h5):
+        rng = np.random.default_rng(0)
+        h5["audio"], h5["text"][:] = rng.integers(0, 8, (60, T, 1)).astype("f4"), rng.integers(0, 8, (60, T, 1))
+    target = side("text", ["three", "four", "five"], np.arange(60) % 3, np.arange(60) // 20, change)
+    source = side("audio", ["one"], np.zeros(90, int), np.arange(90) // 30)
+    assert go(source, target, "retrieval")["retrieval/a2t/class_chance_r1"] == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_held_out_clips_of_classes_that_nobody_taught_set_no_threshold(side):
+    target, train = side("text", [*ABC, "four"], np.arange(80) % 4, [2] * 80), np.arange(60) % 2
+    taught = side("audio", ABC, [*train, *[0, 1] * 12], [0] * 60 + [1] * 24)
+    more = side("audio", ABC, [*train, *[0, 1, 2, 2] * 6], [0] * 60 + [1] * 24)  # "three" in val only
+    assert go(taught, target, "open_set", known=("3",)) == go(more, target, "open_set", known=("3",))
+
+
+def test_acc_same_is_of_the_classes_that_are_tested(side):
+    tags = go(side("audio", ABC, np.arange(90) % 3, np.arange(90) // 30),
+              side("text", ABC, np.arange(60) % 2, np.arange(60) // 2 % 3), "classification")
+    assert tags["classification/a2t/acc_same"] == tags["classification/a2t/acc"] == 1
+
+
+def test_a_common_class_without_source_clips_is_unknown(side):
+    source = side("audio", ABC, np.arange(90) % 2, np.arange(90) // 30)
+    tags = go(source, side("text", ABC, [0, 0, 2] * 20, np.arange(60) // 3 % 3), "open_set", known=("2",))
+    assert tags["open_set_2/a2t/unk"] == tags["open_set_2/a2t/auroc"] == 1
+
+
+@pytest.mark.parametrize("tasks, keywords, source, target, needles", [
+    (["open_set"], {"known": ("2",)}, (ABC, [0, 2] * 45), (ABC, [1, 2, 1] * 20), ["no known classes", "--known 2"]),
+    (["localization"], {}, (ABC, [0, 1, 2] * 30), (["one", "five", "four"], [1, 2] * 30), ["common class in text"]),
+    (["localization"], {}, (ABC, [1, 2] * 45), (["one", "five", "four"], [0, 2] * 30), ["common class in audio"]),
+    (["open_set"], {"known": ("9999999999",)}, (ABC, [0, 1, 2] * 30), (ABC, [0, 1, 2] * 20), ["--known 9999999999"]),
+    (["classification"], {"class_map": ("four=one", "four=two")}, (ABC, [0, 1, 2] * 30), (["four"], [0] * 60),
+     ["named twice"]),
+    (["classification"], {}, (ABC, [-1] * 90), (ABC, [0, 1, 2] * 20), ["no labelled clip"]),
+    (["classification"], {}, (["one", "two", "one"], [0, 1, 2] * 30), (ABC, [0] * 60), ["'classes'", "twice"]),
+])
+def test_requests_between_two_files_that_cannot_be_met(side, tasks, keywords, source, target, needles):
+    paths = [side(m, names, np.maximum(label, 0), np.arange(len(label)) // 3 % 3, lambda h5: h5["label"].__setitem__(
+        slice(None), label)) for m, (names, label) in (("audio", source), ("text", target))]
+    with pytest.raises(InputError) as caught:
+        go(*paths, *tasks, **keywords)
+    assert all(needle in str(caught.value) for needle in needles) and "\n" not in str(caught.value), caught.value
+
+
+def test_released_lists_without_splits_do_for_the_paper_s_protocol(side):
+    source, target = (side(m, ABC, np.arange(60) % 3, [0] * 60) for m in ("audio", "text"))
+    assert go(source, target, "classification", protocols=("paper",), paper=PAPER)["classification/a2t/acc_paper"] == 1
+    with pytest.raises(InputError, match="test split is empty"):
+        go(source, target, "classification")
+
+
+@pytest.mark.parametrize("origins, epochs", [(("A", "A"), 2), (("A", "B"), 3)])
+def test_the_release_has_settings_of_its_own_for_another_data_set(side, origins, epochs, monkeypatch):
+    passes, original = [], probes.ProbeTraining.epoch
+    monkeypatch.setattr(probes.ProbeTraining, "epoch", lambda *args: passes.append(1) or original(*args))
+    paths = [side(m, ABC, np.arange(60) % 3, [0] * 60, lambda h5: h5.attrs.update(source=origin))
+             for m, origin in zip(("audio", "text"), origins)]
+    paper = {"classification": PAPER["classification"] | {"epochs": 1}}
+    paper |= {f"classification_{kind}": paper["classification"] | {"epochs": n} for kind, n in
+              (("target", 2), ("across", 3))}
+    go(*paths, "classification", protocols=("paper",), paper=paper)
+    assert len(passes) == epochs
+
+
+def test_nothing_is_chosen_by_the_labels_of_the_target(side, monkeypatch):
+    source = side("audio", [*ABC, "four"], np.arange(120) % 4, np.arange(120) // 40)
+    chosen = []
+    for name in ("accuracy", "open_set_metrics"):  # confidence, prediction and threshold, but not the labels
+        original = getattr(probes, name)
+        monkeypatch.setattr(probes, name, lambda *args, original=original: chosen.append(
+            [arg for i, arg in enumerate(args) if i != len(args) // 2]) or original(*args))
+    found = []
+    for turn in (0, 1):
+        target = side("text", [*ABC, "four"], np.arange(80) % 4, [2] * 80, lambda h5: h5["label"].__setitem__(
+            slice(None), (h5["label"][:] + turn) % 4))
+        found.append(go(source, target, "classification", "open_set", known=("2",)))
+    half = len(chosen) // 2
+    assert found[0] != found[1] and half > 0
+    for a, b in zip(chosen[:half], chosen[half:]):
+        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a[:2], b[:2]))
+        assert a[-1] == b[-1] if isinstance(a[-1], float) else True
+
+
+def test_what_the_released_probes_are_trained_on(toy, monkeypatch):
+    """Codes with dropout, of the known classes' clips with one event, each beside its own label."""
+    encoded, trained, original = [], [], probes.ProbeTraining.epoch
+    model = Noisy()
+
+    def encode(model, x, modality):
+        encoded.append(model.training)
+        return honest(model, x, modality)
+
+    def epoch(run, codes, target):
+        trained.append((codes.index, target))
+        original(run, codes, target)
+
+    monkeypatch.setattr(probes.ProbeTraining, "epoch", epoch)
+    ask(toy, "classification", "open_set", known=("2",), encode=encode, model=model, protocols=("paper",),
+        modalities=("text", "audio"))
+    assert sum(encoded) == 2 * probes.DROPOUT_DRAWS and len(encoded) > sum(encoded)
+    features = Features([toy])
+    label = torch.from_numpy(features.label[features.single_event(features.clips("train"))])
+    assert 0 < len(label) < 48
+    expected = [label, label[label < 2]]
+    for index, target in [call for call in trained if (call[0] == call[0][:, :1]).all()]:  # text says it throughout
+        assert any(torch.equal(target, e) for e in expected) and torch.equal(index[:, 0] - 1, target)
+    assert {len(target) for _, target in trained} == {len(e) for e in expected}
+
+
+def test_the_released_probes_report_their_best_epoch(toy, monkeypatch):
+    calls = itertools.count(1)
+    monkeypatch.setattr(probes, "accuracy", lambda prediction, target: {"acc": 1 / next(calls)})  # worse and worse
+    monkeypatch.setattr(probes, "best_threshold", lambda *args: {"hos": 1 / next(calls)})
+    tags = ask(toy, "classification", "open_set", known=("2",), modalities=("audio", "text"), protocols=("paper",))
+    assert tags["classification/a2t/acc_paper"] == 1 and tags["open_set_2/a2t/hos_paper"] == 1 / 2
+
+
+def test_the_threshold_rejects_the_least_sure(toy, monkeypatch):
+    used, original = {}, probes.open_set_metrics
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(probes, "REJECT", share)
+        monkeypatch.setattr(probes, "open_set_metrics", lambda *args: used.setdefault(share, []).append(args[4])
+                            or original(*args))
+        ask(toy, "open_set", known=("2",))
+    pairs = list(zip(used[0.0], used[1.0]))
+    assert len(pairs) == 30 and all(a <= b for a, b in pairs) and sum(a < b for a, b in pairs) > 10
+
+
+def test_groups_of_two_files_are_not_one(tmp_path):
+    def grouped(h5, split):
+        h5["group"] = np.arange(CLIPS) // 2
+    features = Features([write_toy(tmp_path / f"{name}.h5", grouped) for name in "ab"])
+    assert len(probes.groups(features, np.arange(2 * CLIPS)).unique()) == CLIPS
+
+
+def test_masks_of_two_sizes(tmp_path, toy):
+    def finer(h5, split):
+        mask = h5["mask"][:].repeat(2, 2).repeat(2, 3)
+        del h5["mask"]
+        h5["mask"] = mask
+    with pytest.raises(InputError, match="masks of one size"):
+        ask(toy, "segmentation", target=write_toy(tmp_path / "finer.h5", finer))
 
 
 def test_no_class_in_common(sides, toy):
@@ -518,10 +687,15 @@ def test_the_released_settings():
     assert shown == {
         ("micu", "classification"): (24, 4e-4, 80, "acc"), ("uni_code", "classification"): (24, 4e-4, 80, "acc"),
         ("codaar", "classification"): (24, 2.5e-4, 256, "macro_precision"),
+        ("micu", "classification_across"): (34, 4e-4, 80, "acc"),
+        ("codaar", "classification_across"): (24, 4e-4, 80, "acc"),
         ("micu", "localization"): (24, 4e-4, 80, "f1", (1,)),
         ("uni_code", "localization"): (44, 4e-4, 80, "precision", (1,)),
+        ("uni_code", "localization_across"): (44, 4e-4, 80, "f1", (1,)),
         ("codaar", "localization"): (44, 4e-4, 64, "precision", (1, 2, 2)),
-        **{(name, "open_set"): (19, 4e-4, 80, "hos") for name in table}}
+        ("codaar", "localization_across"): (24, 4e-4, 80, "f1", (1,)),
+        **{(name, "open_set"): (19, 4e-4, 80, "hos") for name in table},
+        **{(name, "open_set_target"): (10, 4e-4, 80, "hos") for name in table}}
 
 
 def few_tests(h5, split):
@@ -549,7 +723,7 @@ def without(name):
 def test_what_a_file_lacks_is_said_at_once(tmp_path, task, change, needles):
     features = Features([write_toy(tmp_path / "lacking.h5", change)])
     with pytest.raises(InputError) as caught:
-        probes.check_request(features, features.shape, (task,), ())
+        probes.check_request(features, features.shape, (task,), ("clean", "paper"), ())
     assert all(needle in str(caught.value) for needle in needles) and "\n" not in str(caught.value)
 
 
