@@ -16,9 +16,9 @@ import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
+import pickletools
 import queue
 import re
 import shutil
@@ -27,9 +27,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zipfile
-import zlib
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -566,8 +568,7 @@ class PickledDtype:
 
 
 class PickledArray:
-    """Stands for `numpy.ndarray`: rebuilt from (version, shape, dtype, Fortran order, bytes) or, since protocol 5, by
-    `_frombuffer`."""
+    """Stands for an array being rebuilt; (version, shape, dtype, Fortran order, bytes) follow as its state."""
 
     def __init__(self, *_):
         self.array = None
@@ -577,19 +578,38 @@ class PickledArray:
         content = content.encode("latin1") if isinstance(content, str) else content
         self.array = np.frombuffer(content, kind.dtype).reshape(shape, order="F" if fortran else "C")
 
-    @classmethod
-    def of_buffer(cls, content, kind, shape, order):
-        found = cls()
+
+class StandIn:
+    """Calls a function, and has no attribute that a pickle could set."""
+    __slots__ = ()
+
+    def __call__(self, *arguments):
+        return self.stands_for(*arguments)
+
+
+class FromBuffer(StandIn):
+    __slots__ = ()
+
+    @staticmethod
+    def stands_for(content, kind, shape, order):  # since protocol 5
+        found = PickledArray()
         found.__setstate__((1, shape, kind, order == "F", content))
         return found
+
+
+class Encode(StandIn):
+    __slots__ = ()
+
+    @staticmethod
+    def stands_for(text, codec):  # how Python 3 puts bytes in protocol 2
+        return text.encode("latin1")
 
 
 class ArrayUnpickler(pickle.Unpickler):
     """A pickle from a public drive can run any program. This reader knows five names, all of them NumPy's (of old and
     new module paths), gives each a stand-in of its own, and refuses every other."""
-    ADMITTED = {"numpy.core.multiarray._reconstruct": PickledArray, "numpy.core.numeric._frombuffer":
-                PickledArray.of_buffer, "numpy.ndarray": "ndarray", "numpy.dtype": PickledDtype,
-                "_codecs.encode": lambda text, codec: text.encode("latin1")}  # how Python 3 puts bytes in protocol 2
+    ADMITTED = {"numpy.core.multiarray._reconstruct": PickledArray, "numpy.core.numeric._frombuffer": FromBuffer(),
+                "numpy.ndarray": "ndarray", "numpy.dtype": PickledDtype, "_codecs.encode": Encode()}
 
     def find_class(self, module, name):
         wanted = f"{module.replace('numpy._core', 'numpy.core')}.{name}"
@@ -601,6 +621,9 @@ class ArrayUnpickler(pickle.Unpickler):
 def unpickle(content: bytes, where: str):
     """What a pickle holds, if that is plain Python data or a NumPy array; anything else raises InputError."""
     try:
+        for code, argument, _ in pickletools.genops(content):  # also finds lengths that are longer than the file
+            if code.name.endswith("PUT") and int(argument) > len(content):
+                raise pickle.UnpicklingError("a memo of that size takes memory and nothing else")
         found = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a hostile pickle can raise anything
         raise InputError(f"{where}: refused, {first_line(error)}")
@@ -612,22 +635,23 @@ def read_archive(path: str, faithful: bool = False) -> np.ndarray:
     try:
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if ".pkl" in m.filename]
-            for member in archive.infolist():
+            names = {m: m.filename if m.filename.isprintable() else repr(m.filename) for m in archive.infolist()}
+            for member, name in names.items():
                 if member.filename.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.filename):
-                    raise InputError(f"{path}: member {member.filename} leads out of the archive, refused")
+                    raise InputError(f"{path}: member {name} leads out of the archive, refused")
             if len(members) != 1 and not (members and faithful):  # the released reader takes the last one
-                names = ", ".join(m.filename for m in archive.infolist()[:4])
-                raise InputError(f"{path}: {len(members)} members named .pkl, expected one (of {names or 'nothing'})")
-            where = f"{path}: member {members[-1].filename}"
+                some = ", ".join(list(names.values())[:4]) or "nothing"
+                raise InputError(f"{path}: {len(members)} members named .pkl, expected one (of {some})")
+            where = f"{path}: member {names[members[-1]]}"
             with archive.open(members[-1]) as stream:
                 content = stream.read(MOST_BYTES + 1)
             if len(content) > MOST_BYTES:
                 raise InputError(f"{where} is larger than {MOST_BYTES >> 20} MiB, refused")
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such archive")
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except Exception as error:  # a damaged or hostile archive can raise anything
         raise InputError(f"{path}: not a readable zip archive ({first_line(error)})")
     array = unpickle(content, where)
     if not isinstance(array, np.ndarray):
@@ -635,14 +659,16 @@ def read_archive(path: str, faithful: bool = False) -> np.ndarray:
     return array
 
 
-def fit(array: np.ndarray, shape: tuple, even: bool = False):
-    """(array (L, ...) brought to `shape` (T, ...), `padded`, `cut` or None): fewer rows than T repeat the last one,
-    more than T lose their end. `even` takes T rows evenly spaced instead. Raises InputError if it cannot fit."""
+def fit(array: np.ndarray, shape: tuple, rows: Literal["first", "even", "twice"] = "first"):
+    """(array (L, ...) brought to `shape` (T, ...); `padded`, `cut` or None). `first`: fewer rows than T repeat the last
+    one, more than T lose their end; `twice`: the same for T / 2 rows, each taken twice; `even`: T rows evenly spaced.
+    Raises InputError if it cannot fit."""
     if array.ndim != len(shape) or array.shape[1:] != shape[1:] or len(array) == 0 or array.dtype.kind not in "fiu":
         raise InputError(f"holds {array.dtype} of shape {array.shape}, expected {('L', *shape[1:])}")
-    length, segments = len(array), shape[0]
-    rows = np.arange(segments) * length // segments if even else np.minimum(np.arange(segments), length - 1)
-    return array[rows], "padded" if length < segments else "cut" if length > segments else None
+    length, segments, number = len(array), shape[0], np.arange(shape[0])
+    wanted = segments // 2 if rows == "twice" else segments
+    taken = number * length // segments if rows == "even" else np.minimum(number * wanted // segments, length - 1)
+    return array[taken], "padded" if length < wanted else "cut" if length > wanted else None
 
 
 # ----------------------------------------------------------------------------------------- the authors' files: writing
@@ -658,7 +684,7 @@ class Options:
 @dataclass
 class Listing:
     """The clips of one file, in order. `sources` {modality: (shape, [one a clip])}: a source is the path of an archive,
-    (path, dataset, row) of an HDF5 file, or an array; `even`: as `fit` has it. `notes` are told to the user."""
+    (path, dataset, row) of an HDF5 file, or an array. `notes` are told to the user."""
     name: str
     origin: str  # the data set; probes across data sets have settings of their own in the release
     ids: list
@@ -669,7 +695,7 @@ class Listing:
     events: dict = field(default_factory=dict)  # {modality: (N, T, C)}
     group: Optional[np.ndarray] = None  # (N,)
     mask: Optional[tuple] = None  # shape and sources of `mask`
-    even: bool = False
+    rows: Literal["first", "even", "twice"] = "first"  # as `fit` has it
     notes: list = field(default_factory=list)
 
     def __getitem__(self, rows):
@@ -683,7 +709,7 @@ class Listing:
                        events=events, group=pick(self.group), mask=mask)
 
 
-def read_source(source, shape: tuple, even: bool, faithful: bool):
+def read_source(source, shape: tuple, rows: str, faithful: bool):
     """(array of `shape`, what `fit` did) from a source of a Listing"""
     if isinstance(source, np.ndarray):
         return source, None
@@ -692,7 +718,7 @@ def read_source(source, shape: tuple, even: bool, faithful: bool):
     path, *place = source if isinstance(source, tuple) else [source]
     try:
         array = opened(path)[place[0]][place[1]] if place else read_archive(path, faithful)
-        return fit(array, shape, even)
+        return fit(array, shape, rows)
     except (InputError, OSError, KeyError, ValueError) as error:
         raise InputError(first_line(error) if str(error).startswith(path) else f"{path}: {first_line(error)}")
 
@@ -702,23 +728,31 @@ def opened(path: str) -> h5py.File:
     return h5py.File(path, "r")
 
 
+def end_with(parent: int) -> None:
+    """End this process when its parent is gone, killed: nobody else would."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 DONE = 1  # in the progress file's byte of a clip; then two bits for each dataset, padded and cut
 
 
 def start_worker(*state):
-    """In each process: (partial file, progress file, {dataset: (dtype, shape, offset, sources)}, even, faithful)"""
+    """In each process: (partial file, progress file, {dataset: (dtype, shape, offset, sources)}, rows, faithful)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     global job
     job = [os.open(path, os.O_RDWR) for path in state[:2]] + list(state[2:])
 
 
 def copy_clip(row: int):
     """Read a clip and write it to its place, then note in the progress file what was done -> (row, error or None)"""
-    partial, progress, datasets, even, faithful = job
+    partial, progress, datasets, rows, faithful = job
     try:
         done = DONE
         for i, (dtype, shape, offset, sources) in enumerate(datasets.values()):
-            array, happened = read_source(sources[row], shape, even, faithful)
+            array, happened = read_source(sources[row], shape, rows, faithful)
             with np.errstate(over="ignore"):
                 array = np.ascontiguousarray(array, dtype)
             if dtype.kind == "f" and not np.isfinite(array).all():
@@ -759,67 +793,78 @@ def create(path: str, listing: Listing, dtype: np.dtype) -> dict:
 def write_clips(listing: Listing, out: str, options: Options) -> None:
     """Convert the clips of a listing into the file `out`, with several processes. Killed at any point, a second call
     goes on where it was and ends in the same file. Raises InputError at the first bad archive, or skips it."""
-    dtype, rows = np.dtype(options.dtype), len(listing.ids)
+    dtype, rows, report = np.dtype(options.dtype), len(listing.ids), Path(f"{out}.skipped.txt")
+    folder = Path(out).resolve().parent
+    if rows == 0 or not folder.is_dir() or options.workers < 1:
+        raise InputError(f"{out}: the list is empty" if rows == 0 else f"--workers {options.workers}: at least one"
+                         if options.workers < 1 else f"--out {out}: the folder does not exist")
     arrays = listing.sources | ({"mask": listing.mask} if listing.mask else {})
     size = sum((1 if m == "mask" else dtype.itemsize) * int(np.prod(shape)) for m, (shape, _) in arrays.items()) * rows
-    what = json.dumps([asdict(options) | {"workers": 0, "on_error": ""}, listing.ids, listing.split.tolist(),
-                       [(m, shape, [hashlib.sha256(s).hexdigest() if isinstance(s, np.ndarray) else s for s in of])
-                        for m, (shape, of) in arrays.items()]], default=str)
-    partial, progress = f"{out}.partial-{hashlib.sha256(what.encode()).hexdigest()[:8]}", f"{out}.progress"
-    done = np.zeros(rows, np.uint8)
-    if os.path.exists(partial) and os.path.exists(progress) and os.path.getsize(progress) == rows:
+    what = json.dumps([asdict(options) | {"workers": 0, "on_error": ""}, asdict(replace(listing, notes=[]))],
+                      default=lambda x: [x.shape, hashlib.sha256(np.ascontiguousarray(x)).hexdigest()]
+                      if isinstance(x, np.ndarray) else str(x))
+    partial = f"{out}.partial-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+    progress, done = f"{partial}.done", np.zeros(rows, np.uint8)
+    if os.path.exists(partial) and os.path.exists(progress):
         done = np.fromfile(progress, np.uint8)
         with h5py.File(partial, "r") as h5:
             places = {m: (h5[m].dtype, h5[m].shape[1:], h5[m].id.get_offset()) for m in arrays}
         print(f"{out}: going on after {(done > 0).sum()} of {rows} clips")
     else:
-        free = shutil.disk_usage(Path(out).resolve().parent).free
+        free = shutil.disk_usage(folder).free
         if size > free:
             raise InputError(f"{out}: needs {size / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free")
-        for old in Path(out).resolve().parent.glob(f"{Path(out).name}.partial-*"):
-            old.unlink()
+        for old in (*folder.glob(f"{Path(out).name}.partial-*"), report):
+            old.unlink(missing_ok=True)
         places = create(partial, listing, dtype)
         done.tofile(progress)
     print(f"{out}: {rows} clips, {size / 1e9:.2f} GB; " + ", ".join(
         f"{m} {shape}" for m, (shape, _) in arrays.items()) + "".join(f"\n  {note}" for note in listing.notes))
-    state = (partial, progress, {m: (*place, arrays[m][1]) for m, place in places.items()}, listing.even,
+    state = (partial, progress, {m: (*place, arrays[m][1]) for m, place in places.items()}, listing.rows,
              options.faithful)
-    errors = {}
-    with multiprocessing.Pool(options.workers, start_worker, state) as pool:
-        todo = np.flatnonzero(done == 0)
-        bar = tqdm(pool.imap_unordered(copy_clip, todo.tolist(), chunksize=4), Path(out).name, len(todo),
-                   unit=" clips", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        for row, error in bar:
-            if error and options.on_error == "stop":
-                raise InputError(f"{error}; --on-error skip leaves such clips out, a second call goes on from here")
-            errors |= {row: error} if error else {}
+    errors, todo = {}, np.flatnonzero(done == 0).tolist()
+    with ProcessPoolExecutor(options.workers, initializer=start_worker, initargs=state) as pool:
+        try:
+            bar = tqdm(pool.map(copy_clip, todo, chunksize=4), Path(out).name, len(todo), unit=" clips",
+                       disable=not sys.stderr.isatty(), dynamic_ncols=True)
+            for row, error in bar:
+                if error and options.on_error == "stop":
+                    raise InputError(f"{error}; --on-error skip leaves such clips out, a second call goes on from here")
+                errors |= {row: error} if error else {}
+        except BrokenProcessPool:
+            raise InputError(f"{out}: a process was ended from outside, by lack of memory perhaps; a second call goes "
+                             "on from here")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     done = np.fromfile(progress, np.uint8)
     for (i, name), (bit, text) in itertools.product(enumerate(places), enumerate(("padded", "cut"))):
         times = (done >> (2 * i + 1 + bit) & 1).sum()
         if times:
             print(f"  {name} {text} to {T} segments: {times} clips")
     if errors:
-        report = Path(f"{out}.skipped.txt")
         report.write_text("".join(f"{listing.ids[row]}\t{error}\n" for row, error in sorted(errors.items())))
         print(f"  skipped: {len(errors)} clips, see {report}; the first: {errors[min(errors)]}")
-        leave_out(partial, listing, np.array(sorted(errors)), dtype)
-    os.replace(partial, out)
+        leave_out(partial, out, listing, np.array(sorted(errors)), dtype)
+        os.remove(partial)
+    else:
+        os.replace(partial, out)
     os.remove(progress)
     FeatureFile(out)
 
 
-def leave_out(path: str, listing: Listing, bad: np.ndarray, dtype: np.dtype) -> None:
-    """Rewrite a converted file without the clips `bad`."""
+def leave_out(path: str, out: str, listing: Listing, bad: np.ndarray, dtype: np.dtype) -> None:
+    """Write a converted file to `out` without the clips `bad`."""
     keep = np.setdiff1d(np.arange(len(listing.ids)), bad)
     if len(keep) == 0:
-        raise InputError(f"{path}: no clip could be converted")
+        raise InputError(f"{out}: no clip could be converted")
     smaller = f"{path}.smaller"
     places = create(smaller, listing[keep], dtype)
     with h5py.File(path, "r") as old, h5py.File(smaller, "r+") as new:
         for name in places:
             for i in range(0, len(keep), 100):
                 new[name][i:i + 100] = old[name][keep[i:i + 100]]
-    os.replace(smaller, path)
+    os.replace(smaller, out)
 
 
 # ------------------------------------------------------------------------------------------- the authors' files: lists
@@ -865,8 +910,18 @@ def archives(folder: Path, ids: list) -> list:
     return [str(folder / f"{name}.zip") for name in ids]
 
 
-def in_splits(rows: list) -> np.ndarray:
+def in_splits(rows: list, path) -> np.ndarray:
+    for row in rows:
+        if row["split"] not in SPLITS:
+            raise InputError(f"{path}: split '{row['split']}', expected {' '.join(SPLITS)}")
     return np.array([SPLITS.index(row["split"]) for row in rows], np.uint8)
+
+
+def whole(text: str, path) -> int:
+    """A number of seconds in a list"""
+    if not re.fullmatch(r"-?\d+", text.strip()):
+        raise InputError(f"{path}: '{text}' is no whole number of seconds")
+    return int(text)
 
 
 VIDEO, AUDIO, TEXT = (T, 7, 7, 512), (T, 128), (T, 768)  # shapes of a clip's features
@@ -892,7 +947,7 @@ def list_vggsound(lists: Path, features: Path, which: str, keep_splits: bool, su
         label = np.array([place[row["category"]] if row["category"] in place else
                           number(classes, row["category"], path) for row in rows])
         ids = [row["video_id"] for row in rows]
-        split = in_splits(rows) if keep_splits else np.zeros(len(ids), np.uint8)  # the papers train on all of them
+        split = in_splits(rows, path) if keep_splits else np.zeros(len(ids), np.uint8)  # the papers train on all
     wrong = [name for name in ids if len(name) != 11]
     if wrong or len(set(ids)) != len(ids):
         raise InputError(f"{path}: id '{(wrong or ['repeated'])[0]}', expected ids of 11 characters, each once")
@@ -929,7 +984,7 @@ def list_ave(lists: Path, features: Path, subset: bool) -> Listing:
     order = np.concatenate(orders)
     if len(np.unique(order)) != len(order):
         raise InputError(f"{lists}: the train, val and test orders share clips")
-    start, end = (np.array([int(row[name]) for row in rows]) for name in ("StartTime", "EndTime"))
+    start, end = (np.array([whole(row[name], path) for row in rows]) for name in ("StartTime", "EndTime"))
     label = np.array([classes.index(row["Category"]) for row in rows])
     happens = (np.arange(T) >= start[:, None]) & (np.arange(T) < end[:, None])  # (N, T)
     events = (happens[..., None] & np.eye(len(classes), dtype=bool)[label][:, None])
@@ -968,8 +1023,9 @@ def list_avvp(lists: Path, features: Path, side: str, options: Options, prefix: 
         if len({len(part) for part in parts}) > 1:
             raise InputError(f"{path}: {row['filename']} has lists of different lengths")
         for onset, offset, name in zip(*parts):
-            empty += [row["filename"]] if int(offset) <= int(onset) else []
-            on[int(onset):int(offset), number(classes, name.strip(), path)] = True
+            first, end = whole(onset, path), whole(offset, path)
+            empty += [row["filename"]] if end <= first else []
+            on[max(first, 0):max(end, 0), number(classes, name.strip(), path)] = True
     segments = (*events.sum((0, 1)).tolist(), int((~events.any(-1)).sum()))
     if prefix == "AVVP" and segments != AVVP_SEGMENTS[side] and not options.subset:
         raise InputError(f"{path}: positive segments {segments}, expected {AVVP_SEGMENTS[side]}")
@@ -1008,7 +1064,7 @@ def list_ave_avvp(lists: Path, ave_lists: Path, ave: Path, subset: bool) -> List
     row = {source[2]: i for i, source in enumerate(every.sources["audio"][1])}  # AVE row -> place in `every`
     listing, events = every[np.array([row[i] for i in order])], used[..., :-1] > 0
     return replace(listing, name="ave-avvp-ave", classes=classes, events={"audio": events, "video": events},
-                   label=events.any(1).argmax(-1))
+                   label=np.where(events.any((1, 2)), events.any(1).argmax(-1), -1))
 
 
 def ucf_splits(ids: list) -> np.ndarray:
@@ -1045,7 +1101,7 @@ def list_ucf_vgg(lists: Path, ucf: Path, vgg: Path, options: Options) -> dict:
         expect(path, len(rows), size, options.subset)
         ids = [row["video_id"] for row in rows]
         sources = {m: (VIDEO if m == "video" else AUDIO, archives(folder / m / "zip", ids))}
-        split = ucf_splits(ids) if side == "ucf" else in_splits(rows)
+        split = ucf_splits(ids) if side == "ucf" else in_splits(rows, path)
         label = np.array([number(names[own], row["category"], path) for row in rows])
         origin = "UCF-101" if side == "ucf" else "VGGSound"
         listings[side] = Listing(f"ucf-vgg-{side}", origin, ids, names[1], sources, split, label)
@@ -1114,11 +1170,11 @@ def embed(sentences: list, bert: Optional[str], pipeline: str, word_filter: Opti
     """Sentences -> (S, T, 768) float32, with the Hugging Face BERT in the folder (or of the name) `bert`."""
     admitted = read_filter(word_filter, pipeline)
     if bert is None:
-        raise InputError("text needs --bert, a folder or name of a Hugging Face BERT; --modalities leaves it out")
+        raise InputError("text needs --bert, a folder or name of a Hugging Face BERT")
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
-        raise InputError("text needs the package transformers: pip install transformers; --modalities leaves it out")
+        raise InputError("text needs the package transformers: pip install transformers")
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(bert), AutoModel.from_pretrained(bert).eval()
     except Exception as error:  # a folder, a name, a network: whatever fails, the user needs one line
@@ -1174,8 +1230,8 @@ def read_masks(source: list, shape: tuple) -> np.ndarray:
                 raise InputError(f"{path}: not a readable picture ({first_line(error)})")
             if pixels.shape != shape[1:]:
                 raise InputError(f"{path}: {pixels.shape} pixels, expected {shape[1:]}")
-            frame[:] = (pixels > 127) * value
-    return fit(frames, shape, True)[0]
+            frame[:] = (pixels > 0) * value
+    return fit(frames, shape, "twice")[0]
 
 
 def list_avs(lists: Path, features: Path, s4: Path, maps: Optional[Path], subset: bool) -> Listing:
@@ -1197,8 +1253,8 @@ def list_avs(lists: Path, features: Path, s4: Path, maps: Optional[Path], subset
         frames = [str(s4 / "gt_masks" / p / i / f"{i}_{frame}.png") for frame in range(1, 6)]
         masks.append([int(value), *(frame if k == 0 or not p.startswith("train") else None
                                     for k, frame in enumerate(frames))])
-    return Listing("avs-s4", "AVSBench", ids, classes, sources, in_splits(rows), label, mask=((T, 224, 224), masks),
-                   even=True)
+    return Listing("avs-s4", "AVSBench", ids, classes, sources, in_splits(rows, path), label,
+                   mask=((T, 224, 224), masks), rows="twice")
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -1277,11 +1333,11 @@ def convert_mscoco(root: Root, out: str, options: Options = Options(), text: Tex
     path = root / "val_part_1.json"
     try:
         pairs = json.loads(path.read_text())["annotations"]
-        ids, captions = [f"{int(p['image_id']):012d}" for p in pairs], [p["caption"] for p in pairs]
+        ids, captions = zip(*[(f"{int(p['image_id']):012d}", str(p["caption"])) for p in pairs])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a readable list ({type(error).__name__}: {first_line(error)})")
-    listing = Listing("mscoco", "MSCOCO", ids, [], {"video": (VIDEO, archives(root / "feature/zip", ids))},
-                      np.full(len(ids), 2, np.uint8), even=True)
+    listing = Listing("mscoco", "MSCOCO", list(ids), [], {"video": (VIDEO, archives(root / "feature/zip", ids))},
+                      np.full(len(ids), 2, np.uint8), rows="even")
     write_clips(with_text(listing, ("video", "text"), captions, range(len(ids)), text), out, options)
 
 
@@ -1296,7 +1352,7 @@ def convert_clotho(root: Root, captions: Path, out: str, options: Options = Opti
     ids, group = [row["file_name"][:-4] for row in rows for _ in columns], np.arange(5 * len(rows)) // 5
     sentences = [row[column] for row in rows for column in columns]
     listing = Listing("clotho", "Clotho", ids, [], {"audio": (AUDIO, archives(root / "feature/zip", ids))},
-                      np.full(len(ids), 2, np.uint8), group=group, even=True)
+                      np.full(len(ids), 2, np.uint8), group=group, rows="even")
     listing.ids = [f"{name}-{i % 5 + 1}" for i, name in enumerate(ids)]
     write_clips(with_text(listing, ("audio", "text"), sentences, range(len(ids)), text), out, options)
 
