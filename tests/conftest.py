@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,9 +46,11 @@ def tiny(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def default_runs(small, tmp_path_factory) -> dict:
     """One epoch, four steps, of all modalities with both protocols, for each script; MICU with every task."""
-    return {script: finished_run(script, tmp_path_factory.mktemp(script), small, ("audio", "video", "text"),
-                                 "--code-dim 64", ("clean", "paper"), (5,), TASKS if script == "micu" else CLIPS)
-            for script in SCRIPTS}
+    def run(script):
+        return finished_run(script, tmp_path_factory.mktemp(script), small, ("audio", "video", "text"),
+                            "--code-dim 64", ("clean", "paper"), (5,), TASKS if script == "micu" else CLIPS)
+    with ThreadPoolExecutor(2) as two_at_a_time:
+        return dict(zip(SCRIPTS, two_at_a_time.map(run, SCRIPTS)))
 
 
 def command(*args) -> tuple:

@@ -3,6 +3,7 @@
 Runs in this process where the process itself is not the point: a run of a few steps then takes half a second.
 """
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -104,6 +105,19 @@ def short_probes():
 def script(request) -> str:
     """The script under test: micu where nothing else is said, for most of the program is one text in all of them."""
     return getattr(request, "param", "micu")
+
+
+def once_a_script(make):
+    """A fixture (script, tiny, tmp_path_factory) whose value is made once for each script: pytest makes a parametrized
+    fixture of the module anew for every set of parameters."""
+    made = {}
+
+    @functools.wraps(make)
+    def fixture(script, tiny, tmp_path_factory):
+        if script not in made:
+            made[script] = make(script, tiny, tmp_path_factory)
+        return made[script]
+    return pytest.fixture(fixture)
 
 
 @pytest.fixture
@@ -313,7 +327,7 @@ def test_training_teaches_what_no_modality_shows_alone(here, small, monkeypatch)
 
 # -------------------------------------------------------------------------------------------------- resume, determinism
 
-@pytest.fixture(scope="module")
+@once_a_script
 def straight(script, tiny, tmp_path_factory):
     """An uninterrupted run, probed at its end only: (training state, metrics)."""
     cwd = tmp_path_factory.mktemp("straight")
@@ -859,7 +873,7 @@ FLAGS = {
 DOWNSTREAM = ("model.semantic", "model.quantizer.codebook")  # what a probe sees, CoDAAR's codebooks as well
 
 
-@pytest.fixture(scope="module")
+@once_a_script
 def default(script, tiny, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("default")
     with pytest.MonkeyPatch.context() as patch:
@@ -898,7 +912,7 @@ MOVING = ("--mm-ema", "--no-dta", "--no-csa", "--lambda-self", "--cascade")  # t
 LEFT_OUT = {"cpc": "cpc", "cmcm": "cmcm", "club": "club", "dqa": "cmcm"}  # flag: loss
 
 
-@pytest.fixture(scope="module")
+@once_a_script
 def first_losses(script, tiny, tmp_path_factory):
     """`first_losses(options)` -> losses at the first step of the script, codebook after it"""
     def run(options: str):
@@ -953,7 +967,7 @@ REACH = {  # flag: the parts whose gradient it changes at the first step
 }
 
 
-@pytest.fixture(scope="module")
+@once_a_script
 def first_gradients(script, tiny, tmp_path_factory):
     """`first_gradients(options)` -> {parameter: gradient before clipping} at the first step of the script"""
     def run(options: str) -> dict:
