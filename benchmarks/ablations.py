@@ -43,6 +43,7 @@ CODAAR = {  # rows of CoDAAR's Tables 5 and 6: flags
 ROWS = {  # method: {row: (flags, seeds)}
     "micu": {
         "full method": ("", 3),
+        "bf16": ("--precision bf16", 3),
         "no coarse": ("--lambda-coarse 0", 3),
         "no fine": ("--lambda-fine 0", 3),
         "no jigsaw": ("--jigsaw none", 3),
