@@ -455,81 +455,118 @@ def ordered_pairs(sources, targets) -> list:
     return [(a, b) for a in sources for b in targets if a != b]
 
 
+@dataclass
+class Request:
+    """What is to be probed, for the checks before any training: a source, a target or None, and their parts."""
+    source: Features
+    target: Optional[Features]
+    parts: dict
+    held: list  # modalities of the model that the source, and the target if there is one, holds
+    classes: list
+    protocols: tuple
+
+    @property
+    def sides(self) -> list:
+        return [self.source] if self.target is None else [self.source, self.target]
+
+    def path(self, part: str) -> str:
+        return self.sides["test" in part and -1].files[0].path
+
+    def used(self, protocol: str) -> tuple:
+        return ("train", "test") if protocol == "clean" else ("paper_train", "paper_test")
+
+    def need(self, task: str, part: str, there: bool, why: str = "") -> None:
+        names = {"paper_train": "train split", "paper_test": "test split"} if self.target is None else \
+            {"paper_train": "source", "paper_test": "target"}
+        if not there:
+            raise InputError(f"{self.path(part)}: the {names.get(part, f'{part} split')} is empty{why}, --tasks {task} "
+                             "needs clips there")
+
+
 def check_request(features: Features, shape: dict, tasks: tuple, protocols: tuple, known: tuple,
                   target: Optional[Features] = None, class_map: tuple = ()) -> None:
     """Raise InputError before any training if the probes could not run on these features, of a model for `shape`."""
     sides = [features] if target is None else [features, target]
     held = [[m for m in shape if m in side.modalities] for side in sides]
-    path, end = features.files[0].path, sides[-1].files[0].path
     for side, names in zip(sides, held):
         for m in names:
             if tuple(side.shape[m]) != tuple(shape[m]):
                 raise InputError(f"{side.files[0].path}: {m} has shape {tuple(side.shape[m])}, the model wants "
                                  f"{tuple(shape[m])}")
     if not ordered_pairs(held[0], held[-1]):
-        raise InputError(f"{path}: holds {' '.join(features.modalities)}, probes need two of {' '.join(shape)}"
-                         + (f", one here and another in {end}" if target else ""))
+        raise InputError(f"{features.files[0].path}: holds {' '.join(features.modalities)}, probes need two of "
+                         f"{' '.join(shape)}" + (f", one here and another in {target.files[0].path}" if target else ""))
     classes, names = class_names(features, target, class_map)
-    parts = parts_of(*(ProbeSet(side, classes, names if side is target else {}, "cpu") for side in sides),
-                     *([None] if target is None else []))
-    where = {name: end if "test" in name else path for name in parts}
-    splits = {"clean": ("train", "test"), "paper": ("paper_train", "paper_test")}
-
-    def need(task: str, name: str, there: bool, what: str = ""):
-        if not there:
-            split = name.replace("paper_", "") if target is None else name.replace("paper_train", "source").replace(
-                "paper_test", "target")
-            raise InputError(f"{where[name]}: the {split} split is empty{what}, --tasks {task} needs clips there")
-
-    labelled = {"classification", "open_set", "localization"} & set(tasks)
-    if target and labelled and not classes:
-        raise InputError(f"{path}: no class in common with {end}; --class-map renames those of the target")
+    if target and not classes and {"classification", "open_set", "localization"} & set(tasks):
+        raise InputError(f"{features.files[0].path}: no class in common with {target.files[0].path}; --class-map "
+                         "renames those of the target")
+    sets = [ProbeSet(side, classes, names if side is target else {}, "cpu") for side in sides]
+    request = Request(features, target, parts_of(sets[0], sets[1] if target else None), held, classes, protocols)
     if "localization" in tasks:
-        annotated = [localized(side, shape) for side in sides]
-        pairs = ordered_pairs(annotated[0], annotated[-1])
-        if not pairs:
-            raise InputError(f"{path}: --tasks localization needs events/<modality> of two modalities, found those of "
-                             f"{' '.join(dict.fromkeys(sum(annotated, []))) or 'none'}")
-        for protocol, pair in itertools.product(protocols, pairs):
-            for name, m in zip(splits[protocol], pair):
-                need("localization", name, len(parts[name]) and (target is None or parts[name].events(m).any()),
-                     f" (no clip with an event of a common class in {m})" * bool(target))
-    for task in {"retrieval", "x_retrieval"} & set(tasks):
-        if len(held[-1]) < 2 or len(set(groups(sides[-1], parts["test"].clips).tolist())) < max(RANKS):
-            raise InputError(f"{end}: --tasks {task} needs two modalities and {max(RANKS)} clips or groups in the test "
-                             "split")
-    both = [m for m in held[0] if m in held[-1]]
-    if "x_retrieval" in tasks and (len(both) < 3 or len(parts["train"]) == 0):
-        raise InputError(f"{path}: --tasks x_retrieval needs three modalities and a train split, found "
-                         f"{' '.join(both)} and {len(parts['train'])} clips")
+        check_localization(request, shape)
+    if {"retrieval", "x_retrieval"} & set(tasks):
+        check_retrieval(request, tasks)
     if "segmentation" in tasks:
-        maps = [(maps_with_masks(side, both), "mask" in side.files[0].h5 and side.files[0].h5["mask"].shape[2:])
-                for side in sides]
-        if len(maps[0][0]) != 1 or len(both) < 3 or maps[0] != maps[-1]:
-            raise InputError(f"{path}: --tasks segmentation needs masks of one size, a single modality of maps whose "
-                             "cells divide them, and two other modalities to ask with")
-        for split in ("train", "test"):
-            if len(parts[split].labelled()) == 0:
-                raise InputError(f"{where[split]}: no labelled clip in the {split} split, --tasks segmentation needs "
-                                 "them")
-    if not {"classification", "open_set"} & set(tasks):
-        return
-    single = {name: part.single() for name, part in parts.items()}
+        check_segmentation(request)
+    if {"classification", "open_set"} & set(tasks):
+        check_classes(request, tasks, known)
+
+
+def check_localization(request: Request, shape: dict) -> None:
+    annotated = [localized(side, shape) for side in request.sides]
+    pairs = ordered_pairs(annotated[0], annotated[-1])
+    if not pairs:
+        raise InputError(f"{request.path('train')}: --tasks localization needs events/<modality> of two modalities, "
+                         f"found those of {' '.join(dict.fromkeys(sum(annotated, []))) or 'none'}")
+    for protocol, pair in itertools.product(request.protocols, pairs):
+        for name, m in zip(request.used(protocol), pair):
+            part = request.parts[name]
+            request.need("localization", name, len(part) and (request.target is None or part.events(m).any()),
+                         f" (no clip with an event of a common class in {m})" * bool(request.target))
+
+
+def check_retrieval(request: Request, tasks: tuple) -> None:
+    test = request.parts["test"]
+    for task in {"retrieval", "x_retrieval"} & set(tasks):
+        if len(request.held[-1]) < 2 or len(groups(test.features, test.clips).unique()) < max(RANKS):
+            raise InputError(f"{request.path('test')}: --tasks {task} needs two modalities and {max(RANKS)} clips or "
+                             "groups in the test split")
+    both = [m for m in request.held[0] if m in request.held[-1]]
+    if "x_retrieval" in tasks and (len(both) < 3 or len(request.parts["train"]) == 0):
+        raise InputError(f"{request.path('train')}: --tasks x_retrieval needs three modalities and a train split, "
+                         f"found {' '.join(both)} and {len(request.parts['train'])} clips")
+
+
+def check_segmentation(request: Request) -> None:
+    both = [m for m in request.held[0] if m in request.held[-1]]
+    maps = [(maps_with_masks(side, both), "mask" in side.files[0].h5 and side.files[0].h5["mask"].shape[2:])
+            for side in request.sides]
+    if len(maps[0][0]) != 1 or len(both) < 3 or maps[0] != maps[-1]:
+        raise InputError(f"{request.path('train')}: --tasks segmentation needs masks of one size, a single modality of "
+                         "maps whose cells divide them, and two other modalities to ask with")
+    for split in ("train", "test"):
+        if len(request.parts[split].labelled()) == 0:
+            raise InputError(f"{request.path(split)}: no labelled clip in the {split} split, --tasks segmentation "
+                             "needs them")
+
+
+def check_classes(request: Request, tasks: tuple, known: tuple) -> None:
+    single, classes = {name: part.single() for name, part in request.parts.items()}, request.classes
     wanted = {None: list(range(len(classes)))} if "classification" in tasks else {}
     wanted |= known_sets(known, classes) if "open_set" in tasks else {}
-    for protocol, (entry, numbers) in itertools.product(protocols, wanted.items()):
-        names = splits[protocol] + ("val",) * (protocol == "clean" and entry is not None)
+    for protocol, (entry, numbers) in itertools.product(request.protocols, wanted.items()):
+        names = request.used(protocol) + ("val",) * (protocol == "clean" and entry is not None)
         for name in names:
-            need("open_set" if entry else "classification", name, len(single[name]),
-                 " (no labelled clip with one event)")
-        used, label = clean_parts(single, numbers, entry is None) if protocol == "clean" else (
-            single, {name: numbered(numbers, single[name].label, len(classes)) for name in names})
+            request.need("open_set" if entry else "classification", name, len(single[name]),
+                         " (no labelled clip with one event)")
+        label = clean_parts(single, numbers, entry is None)[1] if protocol == "clean" else {
+            name: numbered(numbers, single[name].label, len(classes)) for name in names}
         for name in names:
             is_known = label[name] < len(numbers)
             if not is_known.any() or entry and "test" in name and is_known.all():
                 lacking = "unknown" if is_known.any() else "known"
-                raise InputError(f"{where[name]}: the {name.replace('paper_', '')} split has no {lacking} classes"
-                                 + (f" for --known {entry}" if entry else f" of those in {path}"))
+                raise InputError(f"{request.path(name)}: the {name.removeprefix('paper_')} split has no {lacking} "
+                                 f"classes" + (f" for --known {entry}" if entry else f" of {request.path('train')}"))
 
 
 # ----------------------------------------------------------------------------------------------------------- protocols
