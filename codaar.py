@@ -37,7 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import probes
-from data import (PROCESSES, RANK, Batches, Features, InputError, add_up, average_gradients, data_files,
+from data import (PROCESSES, RANK, Batches, Features, InputError, add_up, agreed, average_gradients, data_files,
                   explain_input_errors, first_line, gather, git_commit, join_processes, of_all, pick_device,
                   require_shape, share, write)
 
@@ -615,7 +615,8 @@ if __name__ == "__main__":
     args.tasks = args.tasks or probes.default_tasks(probe_features)
     probes.check_request(probe_features, shape, args.tasks, args.protocol, args.known, probe_target, args.class_map)
     batches = Batches(features, modalities, "train", args.batch_size, device, args.seed, args.features_on)
-    steps, origin = args.epochs * len(batches), {"data_sha256": features.sha256(), "git": git_commit()}
+    steps, origin = args.epochs * len(batches), {"git": git_commit()}
+    origin["data_sha256"] = of_all(features.sha256() if RANK == 0 else None)[0]
     seconds = {"data": time.perf_counter() - clock}
 
     # ---- model and optimizer
@@ -731,9 +732,8 @@ if __name__ == "__main__":
 
             epoch_end = step % len(batches) == 0
             logs = step % args.log_every == 0 or epoch_end
-            if PROCESSES > 1:  # all stop at one step
-                interrupts = sum(of_all(interrupts), []) if logs else interrupts
-            stop = (interrupts and (logs or PROCESSES == 1)) or step >= (args.stop_after_steps or math.inf)
+            asked = agreed(interrupts, logs or device.type == "cpu")  # all processes stop at one step
+            stop = asked or step >= (args.stop_after_steps or math.inf)
             if (logs or stop) and not (loss + grad_norm).isfinite():
                 values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
                 raise InputError(f"not finite at step {step}: loss {loss.item():.3g}, gradient {grad_norm.item():.3g}, "
@@ -768,7 +768,7 @@ if __name__ == "__main__":
             if stop:
                 if RANK == 0:
                     print(f"stopped after step {step} of {steps}, checkpoint saved; continue with: {again}")
-                sys.exit(128 + interrupts[0] if interrupts else 0)
+                sys.exit(128 + asked[0] if asked else 0)
     bar.close()
     if RANK:
         sys.exit()

@@ -86,7 +86,8 @@ def pick_device(name: str) -> torch.device:
     """`auto` or a torch device name -> device. Raises InputError if it does not exist here."""
     try:
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a GPU for each process
-        device = torch.device(own if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        name = own if name == "cuda" or name == "auto" and torch.cuda.is_available() else name
+        device = torch.device("cpu" if name == "auto" else name)
         torch.zeros(1, device=device).item()
         if device.type == "cpu" and sys.platform == "linux":
             keep_freed_memory()
@@ -124,6 +125,8 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 def join_processes(device: torch.device) -> None:
     """Under torchrun, connect the processes. Each takes its share of every batch, clips in the order of ranks."""
     if PROCESSES > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
 
@@ -174,6 +177,11 @@ def of_all(value) -> list:
     if PROCESSES > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def agreed(signals: list, now: bool) -> list:
+    """The signals that any process got, told to all of them `now`; alone, one's own at any time."""
+    return signals if PROCESSES == 1 else sum(of_all(list(signals)), []) if now else []
 
 
 # ------------------------------------------------------------------------------------------------------- feature files
@@ -368,6 +376,7 @@ class Batches:
     def _fits(self, size: int) -> str:
         if self.device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(self.device)[0]:
             return "device"
+        size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process on this machine holds all of it
         return "memory" if size < 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") else "file"
 
     def __len__(self) -> int:
@@ -618,10 +627,20 @@ class ArrayUnpickler(pickle.Unpickler):
         return self.ADMITTED[wanted]
 
 
-def unpickle(content: bytes, where: str):
-    """What a pickle holds, if that is plain Python data or a NumPy array; anything else raises InputError."""
+# Operations of pickles that hold an array or a table of numbers; hashing nested keys may take for ever.
+NEVER = {"SETITEM", "SETITEMS", "DICT", "EMPTY_DICT", "ADDITEMS", "EMPTY_SET", "FROZENSET"}  # in an array
+TABLE = {"PROTO", "FRAME", "EMPTY_DICT", "DICT", "MARK", "INT", "LONG", "LONG1", "BININT", "BININT1", "BININT2",
+         "SETITEM", "SETITEMS", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "STOP"}
+
+
+def unpickle(content: bytes, where: str, table: bool = False):
+    """The array, or the dict of numbers (`table`), in a pickle; InputError if it holds or does anything else."""
     try:
+        calls = 0
         for code, argument, _ in pickletools.genops(content):  # also finds lengths that are longer than the file
+            calls += code.name in ("REDUCE", "BUILD", "NEWOBJ")
+            if code.name in NEVER and not table or code.name not in TABLE and table or calls > 16:
+                raise pickle.UnpicklingError(f"holds more than {'numbers' if table else 'an array'} ({code.name})")
             if code.name.endswith("PUT") and int(argument) > len(content):
                 raise pickle.UnpicklingError("a memo of that size takes memory and nothing else")
         found = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
@@ -713,13 +732,13 @@ def read_source(source, shape: tuple, rows: str, faithful: bool):
     """(array of `shape`, what `fit` did) from a source of a Listing"""
     if isinstance(source, np.ndarray):
         return source, None
-    if isinstance(source, list):
-        return read_masks(source, shape), None
-    path, *place = source if isinstance(source, tuple) else [source]
+    path, *place = source if isinstance(source, tuple) else source[1:2] if isinstance(source, list) else [source]
     try:
+        if isinstance(source, list):
+            return read_masks(source, shape), None
         array = opened(path)[place[0]][place[1]] if place else read_archive(path, faithful)
         return fit(array, shape, rows)
-    except (InputError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # damaged files raise anything
         raise InputError(first_line(error) if str(error).startswith(path) else f"{path}: {first_line(error)}")
 
 
@@ -746,23 +765,32 @@ def start_worker(*state):
     job = [os.open(path, os.O_RDWR) for path in state[:2]] + list(state[2:])
 
 
+def put(file: int, content, offset: int) -> None:
+    """Write all of it, or raise OSError: a full disk takes a part without a word."""
+    if os.pwrite(file, content, offset) != len(content):
+        raise OSError("no space left on the disk")
+
+
 def copy_clip(row: int):
-    """Read a clip and write it to its place, then note in the progress file what was done -> (row, error or None)"""
+    """Read a clip and write it to its place, then note in the progress file what was done -> (row, error or None).
+    Raises OSError if it cannot be written."""
     partial, progress, datasets, rows, faithful = job
+    arrays, done = [], DONE
     try:
-        done = DONE
         for i, (dtype, shape, offset, sources) in enumerate(datasets.values()):
             array, happened = read_source(sources[row], shape, rows, faithful)
             with np.errstate(over="ignore"):
                 array = np.ascontiguousarray(array, dtype)
             if dtype.kind == "f" and not np.isfinite(array).all():
                 raise InputError(f"{sources[row]}: NaN, infinity, or more than {dtype} can hold (--dtype float32)")
-            os.pwrite(partial, array.data, offset + row * array.nbytes)
+            arrays.append((array, offset))
             done |= {None: 0, "padded": 2, "cut": 4}[happened] << 2 * i
-        os.pwrite(progress, bytes([done]), row)
-        return row, None
-    except (InputError, OSError) as error:
+    except InputError as error:
         return row, first_line(error)
+    for array, offset in arrays:
+        put(partial, array.reshape(-1).view(np.uint8).data, offset + row * array.nbytes)
+    put(progress, bytes([done]), row)
+    return row, None
 
 
 def create(path: str, listing: Listing, dtype: np.dtype) -> dict:
@@ -795,17 +823,19 @@ def write_clips(listing: Listing, out: str, options: Options) -> None:
     goes on where it was and ends in the same file. Raises InputError at the first bad archive, or skips it."""
     dtype, rows, report = np.dtype(options.dtype), len(listing.ids), Path(f"{out}.skipped.txt")
     folder = Path(out).resolve().parent
-    if rows == 0 or not folder.is_dir() or options.workers < 1:
+    if rows == 0 or not folder.is_dir() or not Path(out).name or Path(out).is_dir() or options.workers < 1:
         raise InputError(f"{out}: the list is empty" if rows == 0 else f"--workers {options.workers}: at least one"
-                         if options.workers < 1 else f"--out {out}: the folder does not exist")
+                         if options.workers < 1 else f"--out '{out}': not a file in a folder that exists")
     arrays = listing.sources | ({"mask": listing.mask} if listing.mask else {})
     size = sum((1 if m == "mask" else dtype.itemsize) * int(np.prod(shape)) for m, (shape, _) in arrays.items()) * rows
-    what = json.dumps([asdict(options) | {"workers": 0, "on_error": ""}, asdict(replace(listing, notes=[]))],
+    files = sorted({s[0] for _, of in arrays.values() for s in of if isinstance(s, tuple) and os.path.exists(s[0])})
+    dates = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+    what = json.dumps([asdict(options) | {"workers": 0, "on_error": ""}, asdict(replace(listing, notes=[])), dates],
                       default=lambda x: [x.shape, hashlib.sha256(np.ascontiguousarray(x)).hexdigest()]
                       if isinstance(x, np.ndarray) else str(x))
     partial = f"{out}.partial-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
     progress, done = f"{partial}.done", np.zeros(rows, np.uint8)
-    if os.path.exists(partial) and os.path.exists(progress):
+    if os.path.exists(partial) and os.path.exists(progress) and os.path.getsize(progress) == rows:
         done = np.fromfile(progress, np.uint8)
         with h5py.File(partial, "r") as h5:
             places = {m: (h5[m].dtype, h5[m].shape[1:], h5[m].id.get_offset()) for m in arrays}
@@ -817,7 +847,7 @@ def write_clips(listing: Listing, out: str, options: Options) -> None:
         for old in (*folder.glob(f"{Path(out).name}.partial-*"), report):
             old.unlink(missing_ok=True)
         places = create(partial, listing, dtype)
-        done.tofile(progress)
+        write(Path(progress), done.tofile)
     print(f"{out}: {rows} clips, {size / 1e9:.2f} GB; " + ", ".join(
         f"{m} {shape}" for m, (shape, _) in arrays.items()) + "".join(f"\n  {note}" for note in listing.notes))
     state = (partial, progress, {m: (*place, arrays[m][1]) for m, place in places.items()}, listing.rows,
@@ -834,6 +864,9 @@ def write_clips(listing: Listing, out: str, options: Options) -> None:
         except BrokenProcessPool:
             raise InputError(f"{out}: a process was ended from outside, by lack of memory perhaps; a second call goes "
                              "on from here")
+        except OSError as error:
+            pool.shutdown(cancel_futures=True)
+            raise InputError(f"{out}: cannot be written ({first_line(error)}); a second call goes on from here")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -848,6 +881,7 @@ def write_clips(listing: Listing, out: str, options: Options) -> None:
         leave_out(partial, out, listing, np.array(sorted(errors)), dtype)
         os.remove(partial)
     else:
+        report.unlink(missing_ok=True)
         os.replace(partial, out)
     os.remove(progress)
     FeatureFile(out)
@@ -874,7 +908,7 @@ def read_table(path: Path, delimiter: str, columns: tuple) -> list:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             rows = [{k: (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(
                 stream, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: not a readable list ({first_line(error)})")
     for column in columns:
         if not rows or column not in rows[0]:
@@ -886,7 +920,7 @@ def read_lines(path: Path) -> list:
     """The lines of a category file, one class each, in the order of their index."""
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable list ({first_line(error)})")
 
 
@@ -959,8 +993,10 @@ def list_vggsound(lists: Path, features: Path, which: str, keep_splits: bool, su
 def read_order(path: Path, rows: int, expected: int, subset: bool) -> np.ndarray:
     """Row numbers of an order file"""
     order = read_array(path, "order")
+    if order.ndim != 1 or order.dtype.kind not in "iu" or len(order) == 0:
+        raise InputError(f"{path}: holds {order.dtype} of shape {order.shape}, expected row numbers")
     expect(path, len(order), expected, subset)
-    if order.ndim != 1 or len(np.unique(order)) != len(order) or order.min() < 0 or order.max() >= rows:
+    if len(np.unique(order)) != len(order) or order.min() < 0 or order.max() >= rows:
         raise InputError(f"{path}: not distinct row numbers below {rows}")
     return order
 
@@ -968,8 +1004,8 @@ def read_order(path: Path, rows: int, expected: int, subset: bool) -> np.ndarray
 def read_array(path: Path, key: str):
     try:
         with h5py.File(path, "r") as h5:
-            return h5[key][:]
-    except (OSError, KeyError) as error:
+            return np.asarray(h5[key][()])
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: no readable dataset '{key}' ({first_line(error)})")
 
 
@@ -1155,7 +1191,7 @@ def read_filter(path: Optional[str], pipeline: str) -> set:
     if pipeline == "plain" or path is None:
         raise InputError("--pipeline word and piece take a --word-filter (cnt.pkl, cnt_new.pkl), plain takes none")
     try:
-        found = unpickle(Path(path).read_bytes(), path)
+        found = unpickle(Path(path).read_bytes(), path, table=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})")
     if not isinstance(found, dict) or not all(type(key) is int for key in found):
@@ -1226,7 +1262,7 @@ def read_masks(source: list, shape: tuple) -> np.ndarray:
         if path:
             try:
                 pixels = np.asarray(Image.open(path).convert("L"))
-            except OSError as error:
+            except Exception as error:  # pictures may be damaged in any way
                 raise InputError(f"{path}: not a readable picture ({first_line(error)})")
             if pixels.shape != shape[1:]:
                 raise InputError(f"{path}: {pixels.shape} pixels, expected {shape[1:]}")

@@ -20,6 +20,7 @@ import importlib
 import itertools
 import json
 import math
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -1042,7 +1043,9 @@ def load_official(path: Path, name: Optional[str]):
         codebook = theirs.pop("Cross_quantizer.embedding")
         size, width = codebook.shape
         present = [m for m in ("audio", "video", "text") if f"{m}_self_att.affine_matrix.weight" in theirs]
-        present = [m for m in present if m != "text" or lstm]
+        if "text" in present and not lstm:
+            print(f"{path}: no Text_ar_lstm_parameters, so no text")
+            present.remove("text")
         code_dim = theirs["audio_self_att.affine_matrix.weight"].shape[0]
         aligned = width == code_dim * len(present)  # a codebook per modality
         if not (aligned or width == code_dim) or name and aligned != (name == "codaar"):
@@ -1067,6 +1070,13 @@ def load_official(path: Path, name: Optional[str]):
                                          f"{tuple(found[ours].shape)}")
                     found[ours] = source[key]
                     used["lstm" if source is lstm else "Encoder_parameters"].add(key)
+        deeper = [key for key in theirs if re.search(r"_self_att\.encoder\.layers\.", key)
+                  and key.split("_")[0] in present and key not in used["Encoder_parameters"]]
+        deeper += [key for key in lstm if key not in used["lstm"]]
+        if deeper:
+            raise ValueError(f"{deeper[0]} has no place in these models")
+        if not all(value.isfinite().all() for value in (codebook, *found.values())) or epoch < 0:
+            raise ValueError(f"weights that are not finite, or epoch {epoch}")
         model.load_state_dict(found)
         if aligned:
             blocks = dict(zip((m for m in OFFICIAL_ORDER if m in present), codebook.split(code_dim, 1)))
@@ -1110,6 +1120,8 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, official: Optional[str
     run, *files = (official, *paths) if official else paths or (None,)
     if run is None or official and not files:
         raise InputError("give a run folder, or --official FILE and the feature files to probe it on")
+    if method and not official:
+        raise InputError(f"--method {method}: only with --official, a run knows its method")
     if out and not Path(out).resolve().parent.is_dir():
         raise InputError(f"--out {out}: the folder does not exist")
     method, args, shape, model, epochs = load_official(Path(run), method) if official else load(Path(run))

@@ -723,6 +723,42 @@ def test_a_progress_file_that_is_left_alone_is_not_taken_over(tmp_path):
     assert (tmp_path / "out.h5").read_bytes() == expected and leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("left", [b"", b"\1", b"\1" * 9])
+def test_a_progress_file_of_another_length_is_not_taken_over(tmp_path, left):
+    root = sounds_only(tmp_path / "root", 4)
+    expected = whole(root, tmp_path / "whole")
+    interrupted(root, 2, tmp_path).write_bytes(left)
+    convert("vggsound", root, "--out", "out.h5", "--subset", "--modalities", "audio", cwd=tmp_path)
+    assert (tmp_path / "out.h5").read_bytes() == expected and leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("skip", [[], ["--on-error", "skip"]])
+def test_a_full_disk_stops_the_conversion_and_spoils_no_clip(tmp_path, monkeypatch, skip):
+    """The third clip finds room for half of it; also with --on-error skip its archive is not to blame."""
+    root, written, original = sounds_only(tmp_path / "root", 6), [], os.pwrite
+    expected = whole(root, tmp_path / "whole")
+    given = ["vggsound", root, "--out", "out.h5", "--subset", "--modalities", "audio", *skip]
+
+    def full(file, content, offset):
+        written.append(content)
+        return original(file, bytes(content)[:len(content) // 2] if len(written) > 4 else content, offset)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        assert "no space left" in convert_error(*given, cwd=tmp_path)
+    convert(*given, cwd=tmp_path)
+    assert (tmp_path / "out.h5").read_bytes() == expected and leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [
+    b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.",  # nested tuples as a key: hashing never ends
+    b"\x80\x04" + b"c_codecs\nencode\nX\x01\0\0\0aX\x06\0\0\0latin1\x86R0" * 17 + b"N."])
+def test_pickles_that_take_time_or_memory_are_refused_at_once(tmp_path, content):
+    start = time.monotonic()
+    assert "holds more than an array" in error_of(lambda: data.read_archive(str(zipped(tmp_path / "a.zip", content))))
+    assert time.monotonic() - start < 1
+    assert "refused" in error_of(lambda: data.unpickle(content, "table", True))
+
+
 def test_the_progress_of_another_dtype_is_not_taken_over(tmp_path):
     root = sounds_only(tmp_path / "root", 4)
     expected = whole(root, tmp_path / "whole", "--dtype", "float32")
@@ -1599,7 +1635,7 @@ def test_real_vggsound():
 def test_real_prompts_and_word_filters():
     prompts = table_of(OFFICIAL / "vggsound/vggsoundCategories2Prompts.csv")
     assert [row["label"] for row in prompts] == official("40k").classes
-    first, second = (data.unpickle((OFFICIAL / f"vggsound/{name}.pkl").read_bytes(), name)
+    first, second = (data.unpickle((OFFICIAL / f"vggsound/{name}.pkl").read_bytes(), name, True)
                      for name in ("cnt", "cnt_new"))
     assert (len(first), len(second)) == (1046, 1435) and list(second)[:1046] == list(first)
     assert 1037 in first and 1996 in first and 0 in first

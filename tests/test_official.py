@@ -207,9 +207,16 @@ class Hostile:
     ({"epoch": None}, "micu", ["epoch", "missing"]),
     ({"Encoder_parameters": {"a": torch.zeros(1)}}, "micu", ["Cross_quantizer.embedding", "missing"]),
     ({"Text_ar_lstm_parameters": {"weight_ih_l0": torch.zeros(512, 768)}}, "micu", ["missing"]),
+    ({"epoch": -1}, "micu", ["epoch -1"]),
+    ({"Encoder_parameters": "deeper"}, "micu", ["audio_self_att.encoder.layers.2.norm1.bias", "no place"]),
+    ({"Encoder_parameters": "nan"}, "micu", ["not finite"]),
     ({"Text_ar_lstm_parameters": "shorter"}, "micu", ["weight_hh_l0", "(512, 64)", "(512, 128)"]),
 ])
 def test_checkpoints_that_do_not_fit(checkpoint, changes, method, needles):
+    if changes.get("Encoder_parameters") in ("deeper", "nan"):
+        more = {"deeper": {"audio_self_att.encoder.layers.2.norm1.bias": torch.zeros(256)},
+                "nan": {"audio_self_att.affine_matrix.bias": torch.full((256,), torch.nan)}}
+        changes = {"Encoder_parameters": filled(names("micu")[0]) | more[changes["Encoder_parameters"]]}
     if changes.get("Text_ar_lstm_parameters") == "shorter":
         changes = {"Text_ar_lstm_parameters": filled(names("micu")[1]) | {"weight_hh_l0": torch.zeros(512, 64)}}
     with pytest.raises(InputError) as caught:
@@ -230,3 +237,5 @@ def test_official_needs_features(checkpoint, tmp_path, monkeypatch):
     for command in (["--official", "checkpoint.pt"], []):
         with pytest.raises(InputError, match="give a run folder"):
             run_here("probes.py", *command)
+    with pytest.raises(InputError, match="--method micu: only with --official"):
+        run_here("probes.py", "runs/absent", "--method", "micu")
