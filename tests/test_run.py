@@ -299,12 +299,15 @@ def test_printed_table(smoke):
 @pytest.mark.parametrize("script", ["micu", "codaar"])  # every task; rows of several codebooks
 def test_probes_print_the_same_table_again(default_runs, script):
     default_run = default_runs[script]
-    lost = run_script("probes.py", default_run.run, "--out", "absent/again.json", cwd=default_run.cwd)
-    assert lost.returncode == 2 and lost.stderr.startswith("error: --out absent/again.json") and not lost.stdout
     again = run_script("probes.py", default_run.run, "--out", "again.json", cwd=default_run.cwd)
     assert again.returncode == 0, again.stderr
     assert rows(again.stdout) == rows(default_run.done.stdout.rstrip().rsplit("\n", 1)[0])
     assert json.loads((default_run.cwd / "again.json").read_text()) == default_run.results["metrics"]
+
+
+def test_a_folder_for_the_figures_that_does_not_exist_is_told_before_probing(interrupted):
+    with pytest.raises(InputError, match="^--out absent/again.json: the folder does not exist$"):
+        run_here("probes.py", interrupted, "--out", "absent/again.json")
 
 
 def test_progress_bar_in_a_terminal(here, monkeypatch, capsys):
