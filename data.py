@@ -142,7 +142,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return share(add_up(gradient.contiguous()))
+        return share(add_up(gradient.clone(memory_format=torch.contiguous_format)))
 
 
 def gather(x, dim: int = 0):
