@@ -1091,6 +1091,14 @@ def test_gpu_runs_probes_and_resumes(here, options):
 
 @CUDA
 @EVERY_SCRIPT
+def test_gpu_probes_every_task(here):
+    run = here(*TINY, "--epochs", 1, "--device", "cuda", "--protocol", "clean", "paper", "--tasks", *probes.TASKS)
+    assert set(read_results(run)["metrics"]) == expected_tags(("audio", "video", "text"), ("clean", "paper"), (5,),
+                                                              here.script, probes.TASKS)
+
+
+@CUDA
+@EVERY_SCRIPT
 @pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_run_stays_on_its_kind_of_device(here, devices):
     run = here(*TINY, "--device", devices[0], "--stop-after-steps", 2)
