@@ -1444,10 +1444,12 @@ def digits(out: str, train: int = 2400, val: int = 400, test: int = 800, seed: i
 
 if __name__ == "__main__":
     sys.excepthook = explain_input_errors
+    sets = {name.removeprefix("convert_").replace("_", "-"): function for name, function in list(globals().items())
+            if name.startswith("convert_")}
     if sys.argv[1:2] == ["convert"]:
-        sets = {name.removeprefix("convert_").replace("_", "-"): function for name, function in list(globals().items())
-                if name.startswith("convert_")}
         tyro.extras.subcommand_cli_from_dict(sets, prog="data.py convert", args=sys.argv[2:],
                                              config=(tyro.conf.OmitArgPrefixes,))
     else:
-        tyro.extras.subcommand_cli_from_dict({"check": check, "digits": digits})
+        tyro.extras.subcommand_cli_from_dict(
+            {"check": check, "digits": digits}, description=f"Also: python data.py convert SET, with SET one of "
+            f"{', '.join(sets)}; --help after it says more.")
