@@ -893,70 +893,79 @@ class QueryDecoder(nn.Module):
         return cells.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
 
 
-def segmentation(train, test, present, modalities) -> dict:
-    """Which pixels are what the query asks for? A decoder over the maps, trained with queries of one modality and
-    tested with those of another, on every frame. Two Parts of labelled clips, the modalities of both -> tags
+def frames(part: Part, seen: str, rows):
+    """Of these clips of a part: maps (B, T, H, W, d), masks (B, T, h, w) of their labelled class, and which frames have
+    one (B, T)"""
+    features, number = part.features, part.clips[rows.numpy()]
+    mask = features.read("mask", number)
+    asked, known = mask == features.label[number][:, None, None, None] + 1, (mask != NOT_ANNOTATED).all((2, 3))
+    maps, asked, known = (torch.from_numpy(x).to(part.of.device) for x in (features.read(seen, number), asked, known))
+    return maps.float(), asked.float(), known
 
-    A query is the mean code of the segments in which its event happens. Controls: `miou_shuffled_query` (of another
-    clip), `miou_constant_query` (of the first clip, for all), `miou_no_query` (a decoder trained without one),
-    `miou_nothing` (no pixel); `several_*` are of clips with several events, where only the query says which is meant.
-    Maps and masks are read batch by batch."""
-    (seen,), device, parts = maps_with_masks(train.features, present), train.of.device, {"train": train, "test": test}
-    tags, query, asking = {}, {}, [m for m in present if m != seen]
-    for (split, part), m in itertools.product(parts.items(), asking):
-        codes, label = part.codes(m), part.features.label[part.clips]
-        happens = np.ones(codes.index.shape, bool)  # a sentence is about its event throughout
-        if m in localized(part.features, present):
-            happens = part.features.read(f"events/{m}", part.clips)[np.arange(len(label)), :, label] > 0
-        query[split, m] = codes.mean(torch.from_numpy(happens).to(device))
-    several = torch.from_numpy(~np.isin(test.clips, test.features.single_event(test.clips)))
-    shape, code_width = train.features.shape[seen], query["train", asking[0]].shape[-1]
+
+def event_code(part: Part, modality: str, present: list):
+    """The query of each clip (N, D): its mean code over the segments in which its event happens, in a modality without
+    annotation, such as a sentence, over all"""
+    codes, label = part.codes(modality), part.features.label[part.clips]
+    happens = np.ones(codes.index.shape, bool)
+    if modality in localized(part.features, present):
+        happens = part.features.read(f"events/{modality}", part.clips)[np.arange(len(label)), :, label] > 0
+    return codes.mean(torch.from_numpy(happens).to(part.of.device))
+
+
+def fit_decoders(train: Part, seen: str, query: dict) -> dict:
+    """{name: queries (N, D)} -> {name: QueryDecoder}, alike at the start and trained on the same batches"""
+    device, shape = train.of.device, train.features.shape[seen]
     cell = tuple(a // b for a, b in zip(train.features.files[0].h5["mask"].shape[2:], shape[1:3]))
-
-    def frames(split, rows):
-        """maps (B, T, H, W, d), masks (B, T, h, w) of what the queries ask for, which frames have one (B, T)"""
-        features, number = parts[split].features, parts[split].clips[rows.numpy()]
-        mask = features.read("mask", number)
-        asked, known = mask == features.label[number][:, None, None, None] + 1, (mask != NOT_ANNOTATED).all((2, 3))
-        maps, asked, known = (torch.from_numpy(x).to(device) for x in (features.read(seen, number), asked, known))
-        return maps.float(), asked.float(), known
-
-    for split, part in parts.items():
-        query[split, None] = torch.zeros(len(part), code_width, device=device)  # of a decoder that is told nothing
     torch.manual_seed(0)
-    one = QueryDecoder(shape[-1], code_width, cell).to(device)
-    decoder = {source: copy.deepcopy(one) for source in (None, *asking)}  # all learn from the same batches
+    one = QueryDecoder(shape[-1], next(iter(query.values())).shape[-1], cell).to(device)
+    decoder = {name: copy.deepcopy(one) for name in query}
     parameters = [p for d in decoder.values() for p in d.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=MASK_LEARNING_RATE, fused=True)
     for _ in range(MASK_EPOCHS):
         for rows in torch.randperm(len(train)).split(BATCH_SIZE):
-            (maps, mask, known), rows = frames("train", rows), rows.to(device)
+            (maps, mask, known), rows = frames(train, seen, rows), rows.to(device)
             t = known.any(0).nonzero()[:, 0]
             t = t[torch.randperm(len(t))[:MASK_FRAMES].to(device)]
             known = known[:, t]
             optimizer.zero_grad()
-            drawn = {source: d(maps[:, t], query["train", source][rows])[known] for source, d in decoder.items()}
-            sum(F.binary_cross_entropy_with_logits(logits, mask[:, t][known]) for logits in drawn.values()).backward()
+            drawn = [d(maps[:, t], query[name][rows])[known] for name, d in decoder.items()]
+            sum(F.binary_cross_entropy_with_logits(logits, mask[:, t][known]) for logits in drawn).backward()
             optimizer.step()
+    return decoder
 
+
+def segmentation(train, test, present, modalities) -> dict:
+    """Which pixels are what the query asks for? A decoder over the maps, trained with queries of one modality and
+    tested with those of another, on every frame. Two Parts of labelled clips, the modalities of both -> tags
+
+    Controls: `miou_shuffled_query` (of another clip), `miou_constant_query` (of the first clip, for all),
+    `miou_no_query` (a decoder trained without one), `miou_nothing` (no pixel); `several_*` are of clips with several
+    events, where only the query says which is meant. Maps and masks are read batch by batch."""
+    (seen,), device = maps_with_masks(train.features, present), train.of.device
+    tags, asking = {}, [m for m in present if m != seen]
+    taught, right = ({m: event_code(part, m, present) for m in asking} for part in (train, test))
+    nobody = torch.zeros(1, taught[asking[0]].shape[-1], device=device)
+    decoder = fit_decoders(train, seen, {None: nobody.expand(len(train), -1), **taught})
+    several = torch.from_numpy(~np.isin(test.clips, test.features.single_event(test.clips)))
     other = torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).to(device)
     asked = {}  # {(trained with, tested with, control): (N, D)}
     for source, target in itertools.permutations(asking, 2):
-        right = query["test", target]
-        asked |= {(source, target, ""): right, (source, target, "shuffled_query"): right[other],
-                  (source, target, "constant_query"): right[:1].expand_as(right)}
-    asked[None, None, "no_query"], nothing = query["test", None], (None, None, "nothing")
+        query = right[target]
+        asked |= {(source, target, ""): query, (source, target, "shuffled_query"): query[other],
+                  (source, target, "constant_query"): query[:1].expand_as(query)}
+    asked[None, None, "no_query"], nothing = nobody.expand(len(test), -1), (None, None, "nothing")
     iou, curves = {key: [] for key in (*asked, nothing)}, {key: [] for key in asked if key[2] == ""}
     with torch.no_grad():
         for rows in torch.arange(len(test)).split(BATCH_SIZE):
-            maps, mask, known = frames("test", rows)
-            drawn = {key: decoder[key[0]](maps, queries[rows.to(device)]).sigmoid() for key, queries in asked.items()}
+            maps, mask, known = frames(test, seen, rows)
+            drawn = {key: decoder[key[0]](maps, query[rows.to(device)]).sigmoid() for key, query in asked.items()}
             for key, probability in (drawn | {nothing: torch.zeros_like(mask)}).items():
                 found = mask_iou(probability, mask).view(known.shape)
                 iou[key].append(torch.where(known, found, torch.nan).cpu())
             for key, curve in curves.items():
                 curve.append(mask_curve(drawn[key][known], mask[known]))
-    iou = {key: torch.cat(frames) for key, frames in iou.items()}  # (N, T) each
+    iou = {key: torch.cat(batches) for key, batches in iou.items()}  # (N, T) each
     for source, target in itertools.permutations(asking, 2):
         path = f"eval/segmentation/{direction(source, target, modalities)}"
         found = {"_".join(filter(None, ("miou", control))): value for (trained, tested, control), value in iou.items()
