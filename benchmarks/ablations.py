@@ -68,6 +68,7 @@ ROWS = {  # method: {row: (flags, seeds)}
     },
     "uni_code": {
         **{name: (flags, 1 if flags else 3) for name, flags in UNI_CODE.items()},
+        "bf16": ("--precision bf16", 3),
         **{f"AV, {name}": (f"--modalities audio video {flags}", 1 if flags else 3) for name, flags in UNI_CODE.items()},
         "released commitment": ("--commitment-cost 0.25 --commitment-warmup 0", 1),
         "released commitment, no reset": ("--commitment-cost 0.25 --commitment-warmup 0 --no-reset", 1),
@@ -82,6 +83,7 @@ ROWS = {  # method: {row: (flags, seeds)}
     },
     "codaar": {
         **{name: (flags, 3 if name in ("full method", "no CSA") else 1) for name, flags in CODAAR.items()},
+        "bf16": ("--precision bf16", 3),
         "no DQA": ("--no-dqa", 1),
         "independent start": ("--codebook-init uniform --reset-rule unused --reset-source live", 1),
         "independent start, no CSA": ("--codebook-init uniform --reset-rule unused --reset-source live --no-csa", 1),
