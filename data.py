@@ -157,9 +157,9 @@ def add_up(x):
     return x
 
 
-def share(x, dim: int = 0):
-    """This process's part of something about all clips, along `dim`."""
-    return x.chunk(PROCESSES, dim)[RANK]
+def share(x):
+    """This process's part of something about all clips."""
+    return x.chunk(PROCESSES)[RANK]
 
 
 def average_gradients(modules) -> None:
