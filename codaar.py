@@ -128,7 +128,8 @@ class SpatialPool(nn.Module):
             return x.sum(2)
         # score of a cell = w.(relu(A mean x) * relu(Q x)) + b, the mean's factor folded into w
         w = F.relu(self.mean_proj(x.mean(2))) * self.score.weight  # (B, T, hidden)
-        score = self.cell_proj(x).relu_() @ w[..., None] + self.score.bias  # (B, T, H*W, 1), in place: it is large
+        cells = self.cell_proj(x.flatten(0, 2)).relu_()  # (B*T*H*W, hidden): in place, but on a view that would copy
+        score = cells.unflatten(0, x.shape[:3]) @ w[..., None] + self.score.bias  # (B, T, H*W, 1)
         return ((self.sharpness * score.tanh()).softmax(2) * x).sum(2)
 
 
