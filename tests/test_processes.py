@@ -79,7 +79,13 @@ def trained(tiny, tmp_path_factory) -> dict:
             jobs.append({"cwd": str(cwd), "processes": processes, "argv": [*start, "2" if name == "resumed" else "4"]})
     jobs.append({"cwd": str(folder / "micu/resumed"), "processes": 2, "argv": [
         str(ROOT / "micu.py"), "--resume", "the only run", "--stop-after-steps", "4"]})
-    run_harness(jobs, folder)
+    told = folder / "told.py"
+    told.write_text("import data\n"
+                    "data.join_processes(data.pick_device('cpu'))\n"
+                    "assert data.agreed([15] if data.RANK else [], True) == [15]\n"  # what one got, all know
+                    "assert data.agreed([15] if data.RANK else [], False) == []\n"  # but at one step
+                    "assert data.of_all(data.RANK) == [0, 1]\n")
+    run_harness([*jobs, {"cwd": str(folder), "processes": 2, "argv": [str(told)]}], folder)
     found = {}
     for job in jobs[:-1]:
         run = run_folder(job["cwd"])

@@ -2,6 +2,7 @@
 
 Runs in this process where the process itself is not the point: a run of a few steps then takes half a second.
 """
+import contextlib
 import copy
 import functools
 import hashlib
@@ -1075,6 +1076,43 @@ def test_compile(here, default, fresh_compiler):
 
 
 # ---------------------------------------------------------------------------------------------------------------- GPU
+class AnyGenerator(torch.Generator):
+    """A generator of the host that says it belongs to the device it is asked for."""
+
+    def __new__(cls, device="cpu"):
+        self = super().__new__(cls)
+        self.said = torch.device(device)
+        return self
+
+    @property
+    def device(self):
+        return self.said
+
+
+class Enough(Exception):
+    """Three steps are done."""
+
+
+@pytest.mark.parametrize("script, options", [
+    ("micu", ""), ("uni_code", ""), ("codaar", ""), ("codaar", "--reset-source live"),
+    ("micu", "--jigsaw mmjp --cujp-samples 0 --mask-sharing different --mm-ema time-aligned --reset-source live")],
+                         indirect=["script"])
+def test_a_step_mixes_no_devices_and_waits_for_none(here, monkeypatch, options):
+    """On `meta`, whose tensors hold no numbers: a number that a step asks for is one it would wait for on a GPU."""
+    meta, epoch = torch.device("meta"), Batches.epoch
+
+    def three(self, *args):
+        yield from itertools.islice(epoch(self, *args), 3)
+        raise Enough
+    monkeypatch.setattr(Batches, "epoch", three)
+    monkeypatch.setattr("data.pick_device", lambda name: meta)
+    monkeypatch.setattr(torch, "Generator", AnyGenerator)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **keywords: contextlib.nullcontext())
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+    with pytest.raises(Enough):
+        here(*TINY, "--features-on", "device", "--log-every", "1000", *options.split())
+
+
 
 
 @CUDA
