@@ -33,6 +33,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Iterator, Literal, Optional
@@ -70,6 +71,8 @@ def explain_input_errors(kind, error, traceback):
         print(f"error: process {RANK} lost another one ({first_line(error)}); --resume goes on from its checkpoint",
               file=sys.__stderr__, flush=True)
         os._exit(2)  # the others cannot be waited for
+    if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        kind, error = InputError, f"{first_line(error)}; try a smaller --batch-size, or --features-on file"
     if not issubclass(kind, InputError):
         return sys.__excepthook__(kind, error, traceback)
     print(f"error: {error}", file=sys.__stderr__)  # torch.distributed catches what a hook writes to sys.stderr
@@ -85,10 +88,14 @@ def require_shape(name: str, tensor, shape: tuple) -> None:
 def pick_device(name: str) -> torch.device:
     """`auto` or a torch device name -> device. Raises InputError if it does not exist here."""
     try:
-        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a GPU for each process
+        if PROCESSES > 1 and name.startswith("cuda:"):
+            raise InputError(f"--device {name}: of several processes each takes its own GPU; give --device cuda")
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         name = own if name == "cuda" or name == "auto" and torch.cuda.is_available() else name
         device = torch.device("cpu" if name == "auto" else name)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if device.type == "cpu" and sys.platform == "linux":
             keep_freed_memory()
         return device
@@ -125,9 +132,8 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 def join_processes(device: torch.device) -> None:
     """Under torchrun, connect the processes. Each takes its share of every batch, clips in the order of ranks."""
     if PROCESSES > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = timedelta(days=1)  # while the first process hashes the data or probes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)
 
 
@@ -342,7 +348,7 @@ class Features:
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` in page-locked memory if it is bound for a GPU: only then does the copy overlap with computation."""
+    """`tensor` in page-locked memory if it is bound for a GPU: only then does nobody wait for the copy."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
@@ -368,10 +374,17 @@ class Batches:
         clip_bytes = sum(features.files[0].h5[m].dtype.itemsize * int(np.prod(features.shape[m])) for m in modalities)
         self.source = self._fits(clip_bytes * len(self.index)) if source == "auto" else source
         if self.source != "file":
-            place = self.device if self.source == "device" else torch.device("cpu")
-            self.resident = {m: torch.cat([torch.from_numpy(features.read(m, part)).to(place)
-                                           for part in np.split(self.index, range(1000, len(self.index), 1000))])
-                             for m in modalities}
+            place = self.device if self.source == "device" else "cpu"
+            self.resident = {m: self._all(m, place) for m in modalities}
+
+    def _all(self, modality: str, place) -> torch.Tensor:
+        """All clips (N, T, ...), filled in piece by piece: pieces to be joined would take the memory twice."""
+        dtype = np.result_type(*(file.h5[modality].dtype for file in self.features.files))
+        out = torch.empty((len(self.index), *self.features.shape[modality]), device=place,
+                          dtype=torch.from_numpy(np.empty(0, dtype)).dtype)
+        for start in range(0, len(out), 1000):
+            out[start:start + 1000] = torch.from_numpy(self.features.read(modality, self.index[start:start + 1000]))
+        return out
 
     def _fits(self, size: int) -> str:
         if self.device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(self.device)[0]:
@@ -389,13 +402,11 @@ class Batches:
         order = torch.randperm(len(self.index), generator=generator)
         order = order.to(self.device) if self.source == "device" else order
         rows = [share(order[i * self.batch_size:(i + 1) * self.batch_size]) for i in range(start, len(self))]
-        if self.source == "file":
-            yield from self._read_ahead(rows)
-        else:
+        if self.source == "device" or self.source == "memory" and self.device.type == "cpu":
             for row in rows:
-                clips = {m: data[row] for m, data in self.resident.items()}
-                clips = clips if self.source == "device" else {m: pinned(c, self.device) for m, c in clips.items()}
-                yield {m: c.to(self.device, non_blocking=True).float() for m, c in clips.items()}
+                yield {m: data[row].float() for m, data in self.resident.items()}
+        else:
+            yield from self._read_ahead(rows)
 
     def _read_ahead(self, rows: list, depth: int = 4) -> Iterator[dict]:
         ready, stop = queue.Queue(depth), threading.Event()
@@ -409,15 +420,19 @@ class Batches:
 
         def reader():
             try:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)  # of this thread, for `pinned`
                 for row in rows:
                     if stop.is_set():
                         return
-                    clips = {m: self.features.read(m, self.index[row.numpy()]) for m in self.modalities}
-                    put({m: pinned(torch.from_numpy(c), self.device) for m, c in clips.items()})
+                    clips = {m: data[row] for m, data in self.resident.items()} if self.source == "memory" else {
+                        m: torch.from_numpy(self.features.read(m, self.index[row.numpy()])) for m in self.modalities}
+                    put({m: pinned(c, self.device) for m, c in clips.items()})
             except BaseException as error:  # whatever ends the reader must end the loop that waits for it
                 put(error)
 
-        threading.Thread(target=reader, daemon=True).start()
+        thread = threading.Thread(target=reader, daemon=True)
+        thread.start()
         try:
             for _ in rows:
                 item = ready.get()
@@ -426,6 +441,7 @@ class Batches:
                 yield {m: c.to(self.device, non_blocking=True).float() for m, c in item.items()}
         finally:
             stop.set()
+            thread.join()  # Python aborts if it ends while a thread is inside torch
 
 
 # --------------------------------------------------------------------------------------- the embedded set: digit clips
@@ -546,6 +562,8 @@ def write_digits(out: str, sizes: tuple = (2400, 400, 800), seed: int = 0) -> No
 
 def data_files(data: list, runs_dir: str) -> list:
     """The feature files behind `--data`: 'digits' is composed once and kept in `runs_dir`, anything else is a path."""
+    if not data:
+        raise InputError("no feature file given; give cmg-features files, or 'digits' for the embedded set")
     if list(data) != ["digits"]:
         return list(data)
     recipe = hashlib.sha256(DIGITS_FILE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
@@ -1434,8 +1452,8 @@ def check(file: tyro.conf.Positional[str]) -> None:
 
 def digits(out: str, train: int = 2400, val: int = 400, test: int = 800, seed: int = 0) -> None:
     """Compose the embedded digits set into the file OUT."""
-    if min(train, val, test) < 1:
-        raise InputError("--train, --val and --test must be at least 1")
+    if min(train, val, test) < 1 or seed < 0:
+        raise InputError("--train, --val and --test must be at least 1, --seed not negative")
     if not Path(out).resolve().parent.is_dir():
         raise InputError(f"--out {out}: its folder does not exist")
     write_digits(out, (train, val, test), seed)

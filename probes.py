@@ -1121,11 +1121,13 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, official: Optional[str
         official: a checkpoint as the authors distribute it, in place of RUN.
         method: the method of --official, where the checkpoint does not tell.
         tasks: what is probed, see README.md; default: as the run.
+        protocol: nothing chosen with test labels, and as published.
         known: open-set tasks: a number of known first classes, or class numbers such as 0,2,4; default: as the run.
         score: by which unknown clips are told from known ones in what is printed; default: as the run.
         target: files to test on, of clips, modalities and classes of their own; default: the test split of FILE ...
         class_map: names of the target's classes that differ, each as "target's name=source's name".
-        out: a JSON file for all figures, those of the other scores as well."""
+        out: a JSON file for all figures, those of the other scores as well.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`."""
     run, *files = (official, *paths) if official else paths or (None,)
     if run is None or official and not files:
         raise InputError("give a run folder, or --official FILE and the feature files to probe it on")

@@ -490,9 +490,11 @@ def check_args(args: Args) -> None:
                  "stop_after_steps"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    for name in ("reset_after", "eval_every", "seed"):
+    for name in ("reset_after", "eval_every"):
         if (getattr(args, name) or 0) < 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed {args.seed}: must be in [0, 2^32)")
     if args.code_dim % 4:
         raise InputError(f"--code-dim {args.code_dim}: must be divisible by 4, the attention heads")
     if not 0 <= args.ema_decay < 1:
@@ -771,7 +773,10 @@ if __name__ == "__main__":
                 if RANK == 0:
                     save_checkpoint(step)
             if args.eval_every and step % (args.eval_every * len(batches)) == 0 and step < steps and RANK == 0:
+                before = time.perf_counter()
                 evaluate(step)
+                pause = time.perf_counter() - before
+                clock, last_clock = clock + pause, last_clock + pause
             if stop:
                 if RANK == 0:
                     print(f"stopped after step {step} of {steps}, checkpoint saved; continue with: {again}")

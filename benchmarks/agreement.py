@@ -76,6 +76,8 @@ def analyse(run: Path) -> dict:
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    if not runs:
+        raise SystemExit("give run folders of codaar.py")
     result = {run.name: analyse(run) for run in runs}
     out = Path(__file__).with_name("agreement.json")
     out.write_text(json.dumps({"command": "python benchmarks/agreement.py RUN ...", "git": git_commit(),

@@ -22,7 +22,7 @@ from data import Batches, Features, data_files, git_commit  # noqa: E402
 
 
 def main(run: tyro.conf.Positional[str], seeds: int = 3) -> None:
-    state = torch.load(Path(run) / "checkpoint.pt", weights_only=True)
+    state = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
     args, shape = micu.Args(**state["args"]), state["shape"]
     features = Features(data_files(args.data, args.runs_dir))
 

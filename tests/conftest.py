@@ -53,9 +53,15 @@ def default_runs(small, tmp_path_factory) -> dict:
         return dict(zip(SCRIPTS, two_at_a_time.map(run, SCRIPTS)))
 
 
+def words(args: tuple) -> list:
+    """The command line `script …`, on the CPU unless a device is named: there equal runs are equal to the bit."""
+    on_cpu = Path(args[0]).stem in (*SCRIPTS, "probes") and not {"--device", "--help"} & set(args)
+    return [str(ROOT / args[0]), *map(str, args[1:]), *(["--device", "cpu"] if on_cpu else [])]
+
+
 def command(*args) -> tuple:
     """(argv, keyword arguments of subprocess) for `python script …` with one thread; `args[0]` lies in the root."""
-    return [sys.executable, str(ROOT / args[0]), *map(str, args[1:])], {"env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    return [sys.executable, *words(args)], {"env": os.environ | {"OMP_NUM_THREADS": "1"}}
 
 
 def run_script(*args, cwd) -> subprocess.CompletedProcess:
@@ -68,7 +74,7 @@ def run_here(*args) -> int:
     """`python script …` in this process and the current folder; returns the exit code, lets errors come through."""
     numbers = signal.SIGINT, signal.SIGTERM
     saved = sys.argv, sys.excepthook, [signal.getsignal(number) for number in numbers]
-    sys.argv = [str(ROOT / args[0]), *map(str, args[1:])]
+    sys.argv = words(args)
     try:
         with torch.random.fork_rng():
             runpy.run_path(sys.argv[0], run_name="__main__")

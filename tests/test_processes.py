@@ -18,7 +18,8 @@ import torch
 
 from conftest import ROOT, SCRIPTS, command, run_folder
 
-SMALL = "--batch-size 8 --codebook-size 64 --code-dim 64 --reset-after 2 --epochs 2 --log-every 1 --protocol clean"
+SMALL = ("--batch-size 8 --codebook-size 64 --code-dim 64 --reset-after 2 --epochs 2 --log-every 1 --protocol clean "
+         "--device cpu")
 # an encoder output that is a codeword has a distance of rounding errors, whose root is not small: no such codewords
 OWN = {"codaar": "--codebook-init uniform --reset-source paired", "uni_code": "--reset-source live",
        "micu": "--cujp-samples 2 --mask-sharing different"}

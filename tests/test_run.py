@@ -496,6 +496,8 @@ BAD = [
     ("--recon-width 0", ["--recon-width 0"]),
     ("--ema-decay 1.5", ["--ema-decay 1.5"]),
     ("--eval-every -1", ["--eval-every -1"]),
+    ("--seed -1", ["--seed -1"]),
+    ("--seed 4294967296", ["--seed 4294967296", "2^32"]),
     ("--known 10", ["--known 10", "no unknown classes"]),
     ("--known 0", ["--known 0"]),
     ("--tasks x_retrieval --modalities audio text", ["--tasks x_retrieval", "three"]),
@@ -545,6 +547,8 @@ def test_bad_arguments(here, options, needles):
     ("--modalities audio smell --data {small}", ["error: --modalities smell", "audio video text"]),
     ("--data absent.h5", ["error: absent.h5: no such file", "digits"]),
     ("--data digits --runs-dir file/below", ["error: --runs-dir file/below", "cannot be written"]),
+    ("--data", ["error: no feature file given", "digits"]),
+    ("--data {small} --codebook-size 99999999999", ["memory", "--batch-size"]),
 ])
 def test_one_line_and_exit_code_2(tmp_path, small, options, needles):
     (tmp_path / "file").write_text("")
@@ -1094,7 +1098,8 @@ class Enough(Exception):
 
 
 @pytest.mark.parametrize("script, options", [
-    ("micu", ""), ("uni_code", ""), ("codaar", ""), ("codaar", "--reset-source live"),
+    ("micu", "--features-on device"), ("uni_code", "--features-on memory"), ("codaar", "--features-on file"),
+    ("codaar", "--reset-source live"),
     ("micu", "--jigsaw mmjp --cujp-samples 0 --mask-sharing different --mm-ema time-aligned --reset-source live")],
                          indirect=["script"])
 def test_a_step_mixes_no_devices_and_waits_for_none(here, monkeypatch, options):
@@ -1110,7 +1115,7 @@ def test_a_step_mixes_no_devices_and_waits_for_none(here, monkeypatch, options):
     monkeypatch.setattr(torch, "autocast", lambda *args, **keywords: contextlib.nullcontext())
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
     with pytest.raises(Enough):
-        here(*TINY, "--features-on", "device", "--log-every", "1000", *options.split())
+        here(*TINY, "--log-every", "1000", *options.split())
 
 
 
