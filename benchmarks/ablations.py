@@ -59,7 +59,6 @@ ROWS = {  # method: {row: (flags, seeds)}
         "audio and video": ("--modalities audio video", 1),
         "blunt attention": ("--pool-sharpness 1", 1),
         "sum pooling": ("--spatial-pool sum", 1),
-        "all permutations": ("--cujp-samples 0", 1),
         "unused resets": ("--reset-rule unused", 1),
         "released recipe": ("--similarity cosine --temperature 0.1 --mask-axis time --mm-ema time-aligned "
                             "--lambda-cujp 1 --cujp-splits 2 --spatial-pool sum --reset-rule unused "
