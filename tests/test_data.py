@@ -506,6 +506,10 @@ def test_files_of_two_dtypes_keep_the_wider_one(valid, tmp_path):
     assert_same_batches(resident.epoch(1), streamed.epoch(1))
 
 
+def test_no_file_at_all():
+    assert "no feature file given" in error_of(lambda: data.data_files([], "runs"))
+
+
 def test_several_processes_do_not_share_a_gpu(monkeypatch):
     monkeypatch.setattr(data, "PROCESSES", 2)
     message = error_of(lambda: data.pick_device("cuda:0"))
