@@ -9,11 +9,14 @@ is 0 train, 1 val, 2 test; `id` (N,), `classes` (C,), and optionally `label` (N,
 `python -m official.convert`.
 """
 import hashlib
+import inspect
 import os
-import queue
 import sys
 import tempfile
-import threading
+import weakref
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator, Literal
 
@@ -30,142 +33,225 @@ SPLITS = ("train", "val", "test")
 MODALITY_ORDER = ("audio", "video", "text", "flow")  # others follow as the file lists them
 NOT_MODALITIES = ("label", "events", "mask", "group", "split", "id", "classes")
 NOT_ANNOTATED = 255  # fills the frames of `mask` that nobody drew
+HDF5_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError)  # what h5py raises for a damaged file
 DIGITS_FILE = Path(__file__).parent / "datasets" / "digits.h5"
 
 
 # ------------------------------------------------------------------------------------------------------- feature files
 class FeatureFile:
-    """One validated `cmg-features` file. Errors name the file, the dataset, what was found and what was expected."""
+    """One validated `cmg-features` file of N = `clips` clips and T = `segments` segments; `split` and `label` are (N,).
+
+    Raises InputError for whatever is wrong: the file, the dataset, what was found and what was expected.
+    """
 
     def __init__(self, path: str):
         self.path = str(path)
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file; give a cmg-features file, or 'digits' for the embedded set")
-        try:
-            self.h5 = h5py.File(path, "r")
-        except OSError as error:
-            raise InputError(f"{path}: not a readable HDF5 file ({first_line(error)}); copy it again")
+        self.h5 = self._open()
         self.raw = os.open(path, os.O_RDONLY)
-        found = self.h5.attrs.get("format"), self.h5.attrs.get("version")
-        if found != (FORMAT, VERSION):
-            raise InputError(f"{path}: format and version are {found[0]} {found[1]}, expected {FORMAT} {VERSION}")
-        names = [name for name in self.h5 if name not in NOT_MODALITIES]
-        known = [name for name in MODALITY_ORDER if name in names]
-        self.modalities = known + [name for name in names if name not in known]
-        self._validate()
+        weakref.finalize(self, os.close, self.raw)
+        self.size = os.fstat(self.raw).st_size
+        self.modalities = self._list_modalities()
+        self.split = self._read_split()
+        self.clips = len(self.split)
+        self._require("id", "OS", "str", (self.clips,))
+        self.segments = None  # as the first modality has it
+        for name in self.modalities:
+            self._check_modality(name)
+        self.classes = self._read_classes()
+        self.label = self._read_label()
+        if "group" in self.h5:
+            self._require("group", "iu", "integers", (self.clips,))
+        if "mask" in self.h5:
+            self._require("mask", "iu", "integers", (self.clips, self.segments, "h", "w"))
+        self.events = self._list_events()
 
-    def _fail(self, dataset: str, found, expected):
-        raise InputError(f"{self.path}: dataset '{dataset}' has {found}, expected {expected}")
+    def _open(self) -> h5py.File:
+        if not os.path.isfile(self.path):
+            raise InputError(f"{self.path}: no such file; give a cmg-features file, or 'digits' for the embedded set")
+        try:
+            h5 = h5py.File(self.path, "r")
+            found = (h5.attrs.get("format"), h5.attrs.get("version"))
+            fits = found == (FORMAT, VERSION)
+        except HDF5_ERRORS as error:
+            raise InputError(f"{self.path}: not a readable HDF5 file ({first_line(error)}); copy it again")
+        if not fits:
+            raise InputError(f"{self.path}: format and version are {found[0]} {found[1]}, expected {FORMAT} {VERSION}")
+        return h5
 
-    def _require(self, name: str, kinds: dict, shape: tuple):
-        """Dataset `name`, checked: its dtype's kind is one of `kinds` {kind: words}; None in `shape` is any length."""
-        if not isinstance(self.h5.get(name), h5py.Dataset):
-            raise InputError(f"{self.path}: dataset '{name}' is {'a group' if name in self.h5 else 'missing'}")
-        data = self.h5[name]
-        if data.dtype.kind not in kinds:
-            self._fail(name, f"dtype {data.dtype}", " or ".join(dict.fromkeys(kinds.values())))
-        if data.ndim != len(shape) or any(want not in (None, have) for have, want in zip(data.shape, shape)):
-            letters = dict(zip("NThw", shape)) if name == "mask" else dict(zip("NTC", shape))
-            wanted = ", ".join(k if v is None else str(v) for k, v in letters.items())
-            self._fail(name, f"shape {data.shape}", f"({wanted}{',' * (len(shape) == 1)})")
+    @contextmanager
+    def _explain(self, name: str):
+        """While dataset `name` is read: whatever h5py raises becomes an InputError of one line."""
+        try:
+            yield
+        except HDF5_ERRORS as error:
+            raise InputError(f"{self.path}: dataset '{name}' cannot be read ({first_line(error)}); is the file whole?")
+
+    def _fail(self, name: str, found: str, expected: str):
+        raise InputError(f"{self.path}: dataset '{name}' has {found}, expected {expected}")
+
+    def _find(self, name: str) -> tuple:
+        """Dataset `name` and its dtype, which NumPy may not know."""
+        with self._explain(name):
+            data = self.h5.get(name)
+            dtype = getattr(data, "dtype", None)
+        if data is None:
+            raise InputError(f"{self.path}: dataset '{name}' is missing")
+        if not isinstance(data, h5py.Dataset):
+            raise InputError(f"{self.path}: '{name}' is a group, expected a dataset")
+        return data, dtype
+
+    def _require(self, name: str, kinds: str, words: str, shape: tuple) -> h5py.Dataset:
+        """Dataset `name`: its dtype must be of one of the NumPy `kinds`, in `words`, and its shape must be `shape`,
+        in which a letter stands for any length."""
+        data, dtype = self._find(name)
+        if dtype.kind not in kinds:
+            self._fail(name, f"dtype {dtype}", words)
+        fits = [isinstance(want, str) or have == want for have, want in zip(data.shape or (), shape)]
+        if data.ndim != len(shape) or not all(fits):
+            self._fail(name, f"shape {data.shape}", str(shape).replace("'", ""))
         return data
 
-    def _validate(self):
-        numbers, flags, words = {"i": "integers", "u": "integers"}, {"b": "0 and 1", "u": "0 and 1", "i": "0 and 1"}, \
-            {"O": "str", "S": "str"}
-        if not self.modalities:
+    def _list_modalities(self) -> list:
+        with self._explain("/"):
+            names = [name for name in self.h5 if name not in NOT_MODALITIES]
+        if not names:
             raise InputError(f"{self.path}: no modality inside, expected datasets such as 'audio' or 'video'")
-        self.split = self._require("split", numbers, (None,))[:]
-        self.clips = len(self.split)
-        self._require("id", words, (self.clips,))
-        shape = getattr(self.h5[self.modalities[0]], "shape", ())
-        self.segments = shape[1] if len(shape) > 1 else 0
-        for name in self.modalities:
-            self._validate_modality(name)
-        if not np.isin(self.split, (0, 1, 2)).all():
-            self._fail("split", f"values {np.unique(self.split)[:6].tolist()}", "0 train, 1 val, 2 test")
-        classes = self._require("classes", words, (None,))[:] if "classes" in self.h5 else []
-        self.classes = [name.decode() for name in classes]
-        if len(set(self.classes)) < len(self.classes):
-            self._fail("classes", "a name twice", "distinct names")
-        self.label = np.full(self.clips, -1)
-        if "label" in self.h5:
-            self.label = self._require("label", numbers, (self.clips,))[:].astype(np.int64)
-        if (self.label >= 0).any() and not self.classes:
-            raise InputError(f"{self.path}: dataset 'classes' is missing, the names of the labels")
-        if len(self.label) and (self.label.min() < -1 or self.label.max() >= len(self.classes)):
-            self._fail("label", f"values {self.label.min()}..{self.label.max()}", f"-1..{len(self.classes) - 1}, C - 1")
-        if "group" in self.h5:
-            self._require("group", numbers, (self.clips,))
-        if "mask" in self.h5:
-            self._require("mask", numbers, (self.clips, self.segments, None, None))
-        if isinstance(self.h5.get("events"), h5py.Dataset):
-            raise InputError(f"{self.path}: 'events' is a dataset, expected a group with one dataset per modality")
-        for name in self.h5.get("events", {}):
-            self._require(f"events/{name}", flags, (self.clips, self.segments, len(self.classes)))
+        known = [name for name in MODALITY_ORDER if name in names]
+        return known + [name for name in names if name not in MODALITY_ORDER]
 
-    def _validate_modality(self, name: str):
-        if not isinstance(self.h5[name], h5py.Dataset):
-            raise InputError(f"{self.path}: '{name}' is a group, expected a dataset")
-        data = self.h5[name]
+    def _check_modality(self, name: str) -> None:
+        data, dtype = self._find(name)
         if data.ndim not in (3, 5) or 0 in data.shape[1:]:
             self._fail(name, f"shape {data.shape}", "(N, T, d) or (N, T, H, W, d)")
+        self.segments = self.segments or data.shape[1]
         if data.shape[:2] != (self.clips, self.segments):
             self._fail(name, f"N, T = {data.shape[:2]}", f"{(self.clips, self.segments)} as elsewhere in the file")
-        if data.dtype.kind != "f" or data.dtype.itemsize > 8:
-            self._fail(name, f"dtype {data.dtype}", "float16, float32 or float64")
+        if dtype.kind != "f" or dtype.itemsize > 8:
+            self._fail(name, f"dtype {dtype}", "float16, float32 or float64")
         sample = np.unique(np.linspace(0, self.clips - 1, min(16, self.clips)).astype(int))
         if not np.isfinite(self.read(name, sample)).all():
             self._fail(name, "NaN or infinity", "finite values (python data.py check FILE says where)")
 
+    def _read_split(self) -> np.ndarray:
+        data = self._require("split", "iu", "integers", ("N",))
+        with self._explain("split"):
+            split = data[:]
+        if not np.isin(split, (0, 1, 2)).all():
+            self._fail("split", f"values {np.unique(split)[:6].tolist()}", "0 train, 1 val, 2 test")
+        return split
+
+    def _read_classes(self) -> list:
+        if "classes" not in self.h5:
+            return []
+        data = self._require("classes", "OS", "str", ("N",))
+        with self._explain("classes"):
+            classes = list(data.asstr()[:])
+        if len(set(classes)) < len(classes):
+            self._fail("classes", "a name twice", "distinct names")
+        return classes
+
+    def _read_label(self) -> np.ndarray:
+        if "label" not in self.h5:
+            return np.full(self.clips, -1)
+        data = self._require("label", "iu", "integers", (self.clips,))
+        with self._explain("label"):
+            label = data[:].astype(np.int64)
+        if (label >= 0).any() and not self.classes:
+            raise InputError(f"{self.path}: dataset 'classes' is missing, the names of the labels")
+        if not np.isin(label, np.arange(-1, len(self.classes))).all():
+            self._fail("label", f"values {label.min()}..{label.max()}", f"-1..{len(self.classes) - 1}, C - 1")
+        return label
+
+    def _list_events(self) -> list:
+        with self._explain("events"):
+            events = self.h5.get("events", {})
+        if isinstance(events, h5py.Dataset):
+            raise InputError(f"{self.path}: 'events' is a dataset, expected a group with one dataset per modality")
+        for name in events:
+            self._require(f"events/{name}", "biu", "0 and 1", (self.clips, self.segments, len(self.classes)))
+        return list(events)
+
     def read(self, name: str, index: np.ndarray) -> np.ndarray:
-        """Clips `index` of a dataset in their stored dtype. A contiguous dataset is read clip by clip with pread, which
-        neither maps the file (a file that shrinks must not kill the process) nor holds h5py's global lock."""
-        data = self.h5[name]
-        out = np.empty((len(index), *data.shape[1:]), data.dtype)
-        start = None if data.chunks or data.file.filename != self.path else data.id.get_offset()
-        try:
+        """Clips `index` of a dataset in their stored dtype, (len(index), ...). Raises InputError if it cannot be read.
+
+        A contiguous dataset is read clip by clip with preadv where the system has it, which neither maps the file (a
+        file that shrinks must not kill the process) nor holds h5py's global lock.
+        """
+        with self._explain(name):
+            if os.fstat(self.raw).st_size < self.size:
+                raise OSError("the file has become shorter")  # HDF5 itself would fill up with zeros
+            data = self.h5[name]
+            out = np.empty((len(index), *data.shape[1:]), data.dtype)
+            offset = self._offset(data)
             for i, clip in enumerate(index):
                 row = out[i:i + 1]
-                if start is None:
+                if offset is None:
                     data.read_direct(row, np.s_[int(clip):int(clip) + 1])
-                elif os.preadv(self.raw, [row], start + int(clip) * row.nbytes) != row.nbytes:
+                elif os.preadv(self.raw, [row], offset + int(clip) * row.nbytes) != row.nbytes:
                     raise OSError("the file ends early")
-        except OSError as error:
-            raise InputError(f"{self.path}: dataset '{name}' cannot be read ({error}); is the file still whole?")
         return out
+
+    def _offset(self, data: h5py.Dataset):
+        """At which byte of the file the dataset starts; None if it is not one plain block there, or without preadv."""
+        plain = not data.chunks and not data.dtype.hasobject and data.file.filename == self.path
+        return data.id.get_offset() if plain and hasattr(os, "preadv") else None
 
 
 class Features:
-    """One or several files as one set of clips: the union of their clips, the modalities that all of them hold."""
+    """One or several files as one set of clips: the union of their clips, the modalities that all of them hold.
 
-    def __init__(self, paths: list):
-        self.files = [FeatureFile(path) for path in paths]
+    Each of `paths` is a `cmg-features` file or the name of an embedded set, `digits`, which is composed on first use
+    and kept in `runs_dir`. Raises InputError if a file is not valid or the files do not fit together.
+    """
+
+    def __init__(self, paths: list, runs_dir: str = "runs"):
+        self.files = [FeatureFile(path) for path in data_files(paths, runs_dir)]
         first = self.files[0]
+        self.name = str(first.h5.attrs.get("name", Path(first.path).stem))
+        self.classes = first.classes
         self.modalities = [m for m in first.modalities if all(m in file.modalities for file in self.files)]
-        self.shape = {m: first.h5[m].shape[1:] for m in self.modalities}  # (T, d) or (T, H, W, d)
-        self.classes, self.name = first.classes, str(first.h5.attrs.get("name", Path(first.path).stem))
+        self.shape = self._shape_in(first)  # {m: (T, d) or (T, H, W, d)}
         for file in self.files[1:]:
-            shape = {m: file.h5[m].shape[1:] for m in self.modalities}
+            shape = self._shape_in(file)
             if shape != self.shape or file.classes != self.classes:
                 raise InputError(f"{file.path}: shapes {shape} or classes differ from those of {first.path}")
         self.starts = np.cumsum([0] + [file.clips for file in self.files])
         self.split = np.concatenate([file.split for file in self.files])
         self.label = np.concatenate([file.label for file in self.files])
 
+    def _shape_in(self, file: FeatureFile) -> dict:
+        return {m: file.h5[m].shape[1:] for m in self.modalities}
+
     def __len__(self) -> int:
         return len(self.split)
+
+    def shapes(self, modalities: tuple = ()) -> dict:
+        """{m: (T, d) or (T, H, W, d)} of the wanted modalities, or of all if none is named, in canonical order.
+
+        Raises InputError for a modality that the data does not hold, and for fewer than two."""
+        held = " ".join(self.modalities)
+        for m in modalities:
+            if m not in self.modalities:
+                raise InputError(f"--modalities {m}: the data holds {held}")
+        wanted = {m: shape for m, shape in self.shape.items() if m in modalities or not modalities}
+        if len(wanted) < 2:
+            raise InputError(f"--modalities {' '.join(wanted)}: at least two are needed; the data holds {held}")
+        return wanted
 
     def clips(self, split: str) -> np.ndarray:
         """Indices of the clips of one split."""
         return np.flatnonzero(self.split == SPLITS.index(split))
 
+    def _owner(self, index: np.ndarray) -> np.ndarray:
+        """The number of the file that holds each of the clips `index`."""
+        return np.searchsorted(self.starts, index, side="right") - 1
+
     def read(self, name: str, index: np.ndarray) -> np.ndarray:
-        """Clips `index` of a dataset, any order, in their stored dtype."""
+        """Clips `index` of a dataset, any order, in their stored dtype: (len(index), ...)."""
         if len(self.files) == 1:
             return self.files[0].read(name, index)
-        owner = np.searchsorted(self.starts, index, side="right") - 1
-        parts = [self.files[f].read(name, index[owner == f] - self.starts[f]) for f in range(len(self.files))]
+        owner = self._owner(index)
+        parts = [file.read(name, index[owner == f] - self.starts[f]) for f, file in enumerate(self.files)]
         out = np.empty((len(index), *parts[0].shape[1:]), np.result_type(*parts))
         for f, part in enumerate(parts):
             out[owner == f] = part
@@ -173,12 +259,14 @@ class Features:
 
     def single_event(self, index: np.ndarray) -> np.ndarray:
         """Those of the clips `index` that hold events of at most one class, over all modalities; all without events."""
-        owner, happens = np.searchsorted(self.starts, index, side="right") - 1, np.zeros(len(index), int)
+        owner = self._owner(index)
+        count = np.zeros(len(index), int)  # of classes that happen in the clip
         for f, file in enumerate(self.files):
-            mine = owner == f
-            events = [file.read(f"events/{name}", index[mine] - self.starts[f]) for name in file.h5.get("events", {})]
-            happens[mine] = np.any([e.any(1) for e in events], 0).sum(-1) if events else 1  # (N, T, C) -> (N,)
-        return index[happens <= 1]
+            mine = index[owner == f] - self.starts[f]
+            happens = [file.read(f"events/{name}", mine).any(1) for name in file.events]  # (n, C) of each modality
+            if happens:
+                count[owner == f] = np.any(happens, 0).sum(1)
+        return index[count <= 1]
 
     def sha256(self) -> str:
         """Of the file as `sha256sum` has it, or of the files one after the other."""
@@ -190,101 +278,117 @@ class Features:
         return digest.hexdigest()
 
 
-def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` in page-locked memory if it is bound for a GPU: only then does nobody wait for the copy."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+# ------------------------------------------------------------------------------------------------------------- batches
+def physical_memory() -> int:
+    """Bytes of main memory of this machine; 8 GiB where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30
 
 
 class Batches:
     """Shuffled training batches {modality: (B, T, ...) float32 on `device`} of one split; the odd rest is dropped.
 
-    `source` says where the features wait: on the `device`, in host `memory`, or in the `file` from which a background
-    thread reads ahead; `auto` takes the first that fits in half of the memory there. The order depends on (seed, epoch)
-    alone, so any epoch can be resumed at any step. Of several processes each reads its share of every batch. Raises
-    InputError if the split is empty or smaller than a batch, or a batch does not divide among the processes.
+    `modalities` are names, or a dict of shapes by name. `source` says where the features wait: on the `device`, in host
+    `memory`, or in the `file` from which a background thread reads ahead; `auto` takes the first that fits in half of
+    the memory there. The order depends on (seed, epoch) alone, so any epoch can be resumed at any step. Of several
+    processes each reads its share of every batch. Raises InputError if the split is empty or smaller than a batch, or a
+    batch does not divide among the processes.
     """
 
     def __init__(self, features: Features, modalities: list, split: str, batch_size: int, device, seed: int,
                  source: Literal["auto", "device", "memory", "file"] = "auto"):
-        self.features, self.modalities, self.device, self.seed = features, modalities, torch.device(device), seed
-        self.index, self.batch_size = features.clips(split), batch_size
+        self.features = features
+        self.modalities = list(modalities)
+        self.index = features.clips(split)
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.seed = seed
         if len(self.index) == 0:
             raise InputError(f"{features.files[0].path}: the {split} split is empty, no clip has it in 'split'")
         if batch_size > len(self.index):
             raise InputError(f"--batch-size {batch_size} is larger than the {split} split ({len(self.index)} clips)")
         if batch_size % WORLD_SIZE:
             raise InputError(f"--batch-size {batch_size} does not divide among {WORLD_SIZE} processes")
-        clip_bytes = sum(features.files[0].h5[m].dtype.itemsize * int(np.prod(features.shape[m])) for m in modalities)
-        self.source = self._fits(clip_bytes * len(self.index)) if source == "auto" else source
+        self.source = self._where_it_fits() if source == "auto" else source
+        self.resident = {}
         if self.source != "file":
-            place = self.device if self.source == "device" else "cpu"
-            self.resident = {m: self._all(m, place) for m in modalities}
+            self.resident = {m: self._read_all(m) for m in self.modalities}
 
-    def _all(self, modality: str, place) -> torch.Tensor:
-        """All clips (N, T, ...), filled in piece by piece: pieces to be joined would take the memory twice."""
-        dtype = np.result_type(*(file.h5[modality].dtype for file in self.features.files))
-        out = torch.empty((len(self.index), *self.features.shape[modality]), device=place,
-                          dtype=torch.from_numpy(np.empty(0, dtype)).dtype)
-        for start in range(0, len(out), 1000):
-            out[start:start + 1000] = torch.from_numpy(self.features.read(modality, self.index[start:start + 1000]))
-        return out
-
-    def _fits(self, size: int) -> str:
+    def _where_it_fits(self) -> str:
+        size = 0
+        for m in self.modalities:
+            size += len(self.index) * int(np.prod(self.features.shape[m])) * self.features.files[0].h5[m].dtype.itemsize
         if self.device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(self.device)[0]:
             return "device"
         size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process on this machine holds all of it
-        return "memory" if size < 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") else "file"
+        return "memory" if size < 0.5 * physical_memory() else "file"
+
+    def _read_all(self, modality: str) -> torch.Tensor:
+        """All clips (N, T, ...), filled in piece by piece: pieces to be joined would take the memory twice."""
+        dtype = np.result_type(*(file.h5[modality].dtype for file in self.features.files))
+        place = self.device if self.source == "device" else "cpu"
+        out = torch.from_numpy(np.empty(0, dtype)).to(place).new_empty(len(self.index), *self.features.shape[modality])
+        for start in range(0, len(out), 1000):
+            out[start:start + 1000] = torch.from_numpy(self.features.read(modality, self.index[start:start + 1000]))
+        return out
 
     def __len__(self) -> int:
         """Steps in an epoch."""
         return len(self.index) // self.batch_size
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict]:
-        """Batches `start`, `start` + 1, … of this epoch's permutation."""
+    def stream(self, step: int, num_steps: int) -> Iterator[dict]:
+        """The batches of the steps `step` up to `num_steps` - 1 of a training, epoch after epoch."""
+        while step < num_steps:
+            epoch, start = divmod(step, len(self))
+            stop = min(len(self), start + num_steps - step)
+            yield from self.epoch(epoch, start, stop)
+            step += stop - start
+
+    def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[dict]:
+        """Batches `start`, `start` + 1, … of this epoch's permutation, to its end or up to `stop` - 1."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.index), generator=generator)
-        order = order.to(self.device) if self.source == "device" else order
-        rows = [local_rows(order[i * self.batch_size:(i + 1) * self.batch_size]) for i in range(start, len(self))]
+        if self.source == "device":
+            order = order.to(self.device)
+        batches = order.split(self.batch_size)[:len(self)][start:stop]
         if self.source == "device" or self.source == "memory" and self.device.type == "cpu":
-            for row in rows:
-                yield {m: data[row].float() for m, data in self.resident.items()}
+            for batch in batches:
+                yield self._to_device(self._read(batch))
         else:
-            yield from self._read_ahead(rows)
+            yield from self._read_ahead(batches)
 
-    def _read_ahead(self, rows: list, depth: int = 4) -> Iterator[dict]:
-        ready, stop = queue.Queue(depth), threading.Event()
+    def _read(self, batch: torch.Tensor) -> dict:
+        """This process's clips of a batch (B,) of positions in the split, in their stored dtype; in page-locked memory
+        if they are bound for a GPU: only then does nobody wait for the copy."""
+        rows = local_rows(batch)
+        if self.source == "file":
+            index = self.index[rows.numpy()]
+            clips = {m: torch.from_numpy(self.features.read(m, index)) for m in self.modalities}
+        else:
+            clips = {m: resident[rows] for m, resident in self.resident.items()}
+        if self.device.type == "cuda" and self.source != "device":
+            with torch.cuda.device(self.device):  # in the reading thread, too
+                clips = {m: x.pin_memory() for m, x in clips.items()}
+        return clips
 
-        def put(item):
-            while not stop.is_set():
-                try:
-                    return ready.put(item, timeout=0.2)
-                except queue.Full:
-                    continue
+    def _to_device(self, clips: dict) -> dict:
+        return {m: x.to(self.device, non_blocking=True).float() for m, x in clips.items()}
 
-        def reader():
-            try:
-                if self.device.type == "cuda":
-                    torch.cuda.set_device(self.device)  # of this thread, for `pinned`
-                for row in rows:
-                    if stop.is_set():
-                        return
-                    clips = {m: data[row] for m, data in self.resident.items()} if self.source == "memory" else {
-                        m: torch.from_numpy(self.features.read(m, self.index[row.numpy()])) for m in self.modalities}
-                    put({m: pinned(c, self.device) for m, c in clips.items()})
-            except BaseException as error:  # whatever ends the reader must end the loop that waits for it
-                put(error)
-
-        thread = threading.Thread(target=reader, daemon=True)
-        thread.start()
+    def _read_ahead(self, batches: tuple, depth: int = 4) -> Iterator[dict]:
+        """The batches on the device, while a thread reads up to `depth` further ones; its errors are raised here."""
+        reader = ThreadPoolExecutor(1)
+        waiting = deque()
         try:
-            for _ in rows:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield {m: c.to(self.device, non_blocking=True).float() for m, c in item.items()}
+            for batch in batches:
+                waiting.append(reader.submit(self._read, batch))
+                if len(waiting) > depth:
+                    yield self._to_device(waiting.popleft().result())
+            while waiting:
+                yield self._to_device(waiting.popleft().result())
         finally:
-            stop.set()
-            thread.join()  # Python aborts if it ends while a thread is inside torch
+            reader.shutdown(cancel_futures=True)  # and wait: Python aborts if it ends while a thread is inside torch
 
 
 # --------------------------------------------------------------------------------------- the embedded set: digit clips
@@ -315,17 +419,16 @@ def compose(base: h5py.File, split: int, clips: int, seed: int) -> dict:
     heard = (t[:, None] >= cut[:, None, :2]) & (t[:, None] < cut[:, None, 1:])  # (N, T, 2)
     visible = ((t >= (start + shift)[:, None]) & (t < (cut[:, 2] + shift)[:, None]))[..., None]
     visible = visible & np.stack([n >= 0, two], 1)[:, None]  # (N, T, 2)
-    events = {"audio": heard, "video": visible}
-    classes = np.eye(10, dtype=bool)[labels]  # (N, 2, 10)
+    classes = np.eye(10, dtype=bool)[labels][:, None]  # (N, 1, 2, 10)
 
-    return {
-        "audio": _compose_audio(base, split, rng, labels, heard),
-        **_compose_video(base, split, rng, labels, visible),
-        "text": _pick(base["text"], split, rng, labels[:, 0], "tokens"),
-        "label": labels[:, 0],
-        "split": np.full(clips, split, np.uint8),
-        **{f"events/{m}": (on[..., None] & classes[:, None]).any(2).astype(np.uint8) for m, on in events.items()},
-    }
+    clip = {"audio": _compose_audio(base, split, rng, labels, heard)}
+    clip |= _compose_video(base, split, rng, labels, visible)
+    clip["text"] = _pick(base["text"], split, rng, labels[:, 0], "tokens")
+    clip["label"] = labels[:, 0]
+    clip["split"] = np.full(clips, split, np.uint8)
+    clip["events/audio"] = (heard[..., None] & classes).any(2).astype(np.uint8)  # (N, T, 10)
+    clip["events/video"] = (visible[..., None] & classes).any(2).astype(np.uint8)
+    return clip
 
 
 def _pick(group: h5py.Group, split: int, rng, label: np.ndarray, name: str) -> np.ndarray:
@@ -341,16 +444,18 @@ def _compose_audio(base, split, rng, labels, heard) -> np.ndarray:
     """(N, T, 130): in each segment of its event the recording, as 10 frames x 13 standardised MFCC; low noise always.
 
     One recording an event, spoken once a segment; each time a little of its start and end is cut, then resampled."""
-    frames, length = base["audio/frames"][:], base["audio/length"][:]
+    frames = base["audio/frames"][:]
+    length = base["audio/length"][:]
     train = np.repeat(base["audio/split"][:] == 0, length)
     frames = (frames - frames[train].mean(0)) / frames[train].std(0)
     group = {"split": base["audio/split"], "label": base["audio/label"], "row": np.arange(len(length))}
     row = _pick(group, split, rng, labels, "row")[:, None, :, None]  # (N, 1, 2, 1)
     cut = rng.uniform(0, 0.15, (2, *heard.shape, 1))
     position = (cut[0] + (1 - cut.sum(0)) * np.linspace(0, 1, 10)) * (length[row] - 1)  # (N, T, 2, 10) fractional
-    low = np.minimum(position.astype(int), length[row] - 2)
-    weight, low = (position - low)[..., None], low + (length.cumsum() - length)[row]
-    words = frames[low] * (1 - weight) + frames[low + 1] * weight  # (N, T, 2, 10, 13)
+    before = np.minimum(position.astype(int), length[row] - 2)
+    weight = (position - before)[..., None]  # of the frame after the position
+    before = before + (length.cumsum() - length)[row]
+    words = frames[before] * (1 - weight) + frames[before + 1] * weight  # (N, T, 2, 10, 13)
     audio = (heard[..., None] * words.reshape(*heard.shape, 130)).sum(2).astype(np.float32)
     return (audio + AUDIO_NOISE * rng.standard_normal(audio.shape, np.float32)).astype(np.float16)
 
@@ -358,11 +463,12 @@ def _compose_audio(base, split, rng, labels, heard) -> np.ndarray:
 def _compose_video(base, split, rng, labels, visible) -> dict:
     """Pixels in [0, 1] plus noise. Each digit walks at random over the grid; three cells hold scrambled digits."""
     clips = len(labels)
+    n = np.arange(clips)
     image = _pick(base["image"], split, rng, labels, "pixels").reshape(clips, 2, PATCH**2).astype(np.float32) / 16
     clutter = _pick(base["image"], split, rng, rng.integers(0, 10, (clips, CLUTTER)), "pixels")
     clutter = rng.permuted(clutter.reshape(clips, CLUTTER, PATCH**2).astype(np.float32) / 16, axis=2)
     cells = rng.permuted(np.tile(np.arange(GRID**2), (clips, 1)), axis=1)
-    n, still = np.arange(clips), cells[:, 2:2 + CLUTTER]
+    still = cells[:, 2:2 + CLUTTER]
 
     video = PIXEL_NOISE * rng.standard_normal((clips, T, GRID**2, PATCH**2), np.float32)
     mask = np.zeros((clips, T, GRID**2, PATCH**2), np.uint8)
@@ -386,84 +492,107 @@ def _compose_video(base, split, rng, labels, visible) -> dict:
 
 def write_digits(out: str, sizes: tuple = (2400, 400, 800), seed: int = 0) -> None:
     """Compose the digits set into a `cmg-features` file: written beside `out`, then renamed."""
+    total = sum(sizes)
+    ids = []
     with h5py.File(DIGITS_FILE, "r") as base, tempfile.TemporaryDirectory(dir=Path(out).parent) as folder:
         path = Path(folder) / "digits.h5"
         with h5py.File(path, "w") as h5:
             h5.attrs.update(format=FORMAT, version=VERSION, name="digits", source=base.attrs["source"],
                             license=base.attrs["license"])
             h5["classes"] = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-            ends = np.cumsum(sizes)
-            for split, (size, end) in enumerate(zip(sizes, ends)):
-                for name, data in compose(base, split, size, seed).items():
-                    if name not in h5:
-                        packed = {"chunks": (1, *data.shape[1:]), "compression": 1} if name == "mask" else {}
-                        h5.create_dataset(name, (ends[-1], *data.shape[1:]), data.dtype, **packed)
-                    h5[name][end - size:end] = data
-            h5["id"] = [f"{SPLITS[s]}-{i:05d}" for s, size in enumerate(sizes) for i in range(size)]
+            for split, size in enumerate(sizes):
+                start = len(ids)
+                ids += [f"{SPLITS[split]}-{i:05d}" for i in range(size)]
+                for name, values in compose(base, split, size, seed).items():
+                    storage = {"chunks": (1, *values.shape[1:]), "compression": 1} if name == "mask" else {}
+                    data = h5.require_dataset(name, (total, *values.shape[1:]), values.dtype, exact=True, **storage)
+                    data[start:start + size] = values
+            h5["id"] = ids
         os.replace(path, out)
 
 
-def data_files(data: list, runs_dir: str) -> list:
-    """The feature files behind `--data`: 'digits' is composed once and kept in `runs_dir`, anything else is a path."""
-    if not data:
-        raise InputError("no feature file given; give cmg-features files, or 'digits' for the embedded set")
-    if list(data) != ["digits"]:
-        return list(data)
-    recipe = hashlib.sha256(DIGITS_FILE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
-    path = Path(runs_dir) / f"digits-{recipe}.h5"
-    if RANK:
+def digits_key() -> str:
+    """Of all that decides what the composed set holds: the base arrays, the constants, the functions' text."""
+    digest = hashlib.sha256(DIGITS_FILE.read_bytes())
+    digest.update(repr((T, GRID, PATCH, PIXEL_NOISE, AUDIO_NOISE, CLUTTER, FORMAT, VERSION, SPLITS)).encode())
+    for function in (compose, _pick, _compose_audio, _compose_video, write_digits):
+        digest.update(inspect.getsource(function).encode())
+    return digest.hexdigest()[:8]
+
+
+def composed_digits(runs_dir: str) -> str:
+    """The composed digits set in `runs_dir`, made there if need be; those of an earlier recipe are then removed."""
+    path = Path(runs_dir) / f"digits-{digits_key()}.h5"
+    if RANK > 0:
         all_gather_object(None)  # the first process composes
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_digits(str(path))
         except OSError as error:
-            raise InputError(f"--runs-dir {runs_dir}: cannot be written ({error.strerror})")
-    if not RANK:
+            raise InputError(f"--runs-dir {runs_dir}: cannot be written ({first_line(error)})")
+        for old in set(path.parent.glob("digits-" + 8 * "[0-9a-f]" + ".h5")) - {path}:
+            with suppress(OSError):  # of a system that minds if another program has it open
+                old.unlink()
+    if RANK == 0:
         all_gather_object(None)
-    return [str(path)]
+    return str(path)
+
+
+def data_files(paths: list, runs_dir: str) -> list:
+    """The files behind `paths`, of which 'digits' is composed once and kept in `runs_dir`."""
+    if not paths:
+        raise InputError("no feature file given; give cmg-features files, or 'digits' for the embedded set")
+    return [composed_digits(runs_dir) if path == "digits" else path for path in paths]
 
 
 # --------------------------------------------------------------------------------------------------------- command line
 def check(file: tyro.conf.Positional[str]) -> None:
     """Validate FILE, reading every value, and print what is inside."""
     features = Features([file])
-    h5 = features.files[0].h5
+    source = features.files[0]
     print(f"{file}: {FORMAT} {VERSION}, name {features.name}, {len(features)} clips, {len(features.classes)} classes")
     for name in features.modalities:
         for clip in tqdm(range(len(features)), name, leave=False, disable=not sys.stderr.isatty()):
-            if not np.isfinite(features.read(name, np.array([clip]))).all():
+            if not np.isfinite(source.read(name, [clip])).all():
                 raise InputError(f"{file}: dataset '{name}' has NaN or infinity in clip {clip}, expected finite values")
-    limits = {f"events/{name}": 1 for name in h5.get("events", {})}
-    limits |= {"mask": len(features.classes)} if "mask" in h5 else {}
-    for name in limits:
-        for clip in range(len(features)):
-            values = h5[name][clip]
-            values = np.where(values == NOT_ANNOTATED, 0, values) if name == "mask" else values
-            if values.min() < 0 or values.max() > limits[name]:
-                raise InputError(f"{file}: dataset '{name}' holds {values.max()} in clip {clip}, not 0..{limits[name]}")
-    names = []
-    h5.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    for name in names:
-        print(f"  {name:16} {str(h5[name].shape):26} {h5[name].dtype}")
-    print("  " + ", ".join(f"{s} {len(features.clips(s))}" for s in SPLITS)
-          + f"; one event at most in {len(features.single_event(np.arange(len(features))))} clips")
+    for name in source.events:
+        _check_range(source, f"events/{name}", 1)
+    if "mask" in source.h5:
+        _check_range(source, "mask", len(features.classes), besides=NOT_ANNOTATED)
+
+    def show(name, item):
+        if isinstance(item, h5py.Dataset):
+            print(f"  {name:16} {str(item.shape):26} {item.dtype}")
+
+    source.h5.visititems(show)
+    sizes = ", ".join(f"{split} {len(features.clips(split))}" for split in SPLITS)
+    print(f"  {sizes}; one event at most in {len(features.single_event(np.arange(len(features))))} clips")
 
 
-def digits(out: str, train: int = 2400, val: int = 400, test: int = 800, seed: int = 0) -> None:
-    """Compose the embedded digits set into the file OUT."""
+def _check_range(source: FeatureFile, name: str, largest: int, besides: int = 0) -> None:
+    """Every value of the dataset must lie in 0..`largest` or be `besides`."""
+    for clip in range(source.clips):
+        values = source.read(name, [clip])
+        wrong = values[(values < 0) | (values > largest) & (values != besides)]
+        if len(wrong):
+            raise InputError(f"{source.path}: dataset '{name}' holds {wrong[0]} in clip {clip}, not 0..{largest}")
+
+
+def compose_set(name: tyro.conf.Positional[Literal["digits"]], out: str, train: int = 2400, val: int = 400,
+                test: int = 800, seed: int = 0) -> None:
+    """Compose the embedded set NAME into the file OUT: so many clips for training, validation and test."""
     if min(train, val, test) < 1 or seed < 0:
         raise InputError("--train, --val and --test must be at least 1, --seed not negative")
     if not Path(out).resolve().parent.is_dir():
         raise InputError(f"--out {out}: its folder does not exist")
-    write_digits(out, (train, val, test), seed)
+    try:
+        write_digits(out, (train, val, test), seed)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({first_line(error)})")
     check(out)
 
 
 if __name__ == "__main__":
     sys.excepthook = explain_input_errors
-    if sys.argv[1:2] == ["compose"]:
-        tyro.extras.subcommand_cli_from_dict({"digits": digits}, prog="data.py compose", args=sys.argv[2:])
-    else:
-        tyro.extras.subcommand_cli_from_dict(
-            {"check": check}, description="Also: python data.py compose digits --out FILE; --help after it says more.")
+    tyro.extras.subcommand_cli_from_dict({"check": check, "compose": compose_set}, description=__doc__)

@@ -1,121 +1,110 @@
-"""MICU (Huang et al., ICCV 2025): one discrete code for several modalities, learned from paired, unlabelled sequences.
+"""MICU (Huang et al., ICCV 2025): one discrete code for several modalities, learned from paired, unlabelled clips.
 
-Each modality has an encoder; all share one codebook that follows the encoders by exponential moving averages. Two
-losses align the modalities: FCMI contrasts masked features over the segments of a clip (fine) and over the clips of a
-batch (coarse), and CUJP, a jigsaw over parts of codes taken from any modality, makes the code modality-agnostic:
+A clip is T segments of paired features: what is heard, seen and said. Each modality has an encoder; each segment's
+output becomes a code, the nearest row of one codebook that all modalities share. Then encoders and codebook are frozen,
+and a probe, a small classifier, trained on one modality's codes is tested on another's.
 
-    L = l_fine L_fine + l_coarse L_coarse + l_cujp L_cujp + l_recon L_recon + l_commit L_commit                 (Eq. 8)
+FCMI contrasts masked features with the whole ones of every modality: which segment of the clip is this (fine), which
+clip of the batch (coarse)? CUJP shuffles the parts of codes taken from any modality and asks for the permutation.
+Reconstruction keeps content in the codes, the commitment keeps encoders near them, and the codes follow the encoders by
+moving averages (EMA):
 
-Then the encoders and the codebook are frozen, and a probe trained on one modality's codes is tested on another's.
+    L = lambda_1 (L_fine + L_coarse) + lambda_2 L_cujp + lambda_3 L_recon + lambda_4 L_commit                   (Eq. 8)
 
     python micu.py --cujp-splits 8 --mask-ratio 0.3        # embedded digits: composes, trains, probes, prints the table
-    python micu.py --data vggsound40k.h5 --probe-data ave.h5
-    python micu.py --help                                  # every flag; README.md lists paper against release
+    python micu.py --help                                  # every flag; docs/micu.md lists paper against release
 
 Shapes: B clips of a batch, T segments, D code width, K codes, M modalities, N = B * T, O jigsaw parts, P permutations.
 """
-import itertools
-import json
 import math
 import random
-import resource
-import signal
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+import pictures
 import probes
-from data import Batches, Features, data_files
-from run import (WORLD_SIZE, RANK, InputError, all_reduce_sum, any_process_signalled, average_gradients, explain_input_errors, first_line,
-                 all_gather, git_commit, init_distributed, all_gather_object, pick_device, require_shape, local_rows, write_atomically)
+from data import Batches, Features
+from run import RANK, InputError, Run, Running, all_gather, average_over_processes, local_rows, parse, require_shape
 
 METHOD = "micu"
 
 
+# ----------------------------------------------------------------------------------------------------------- arguments
 @dataclass
-class Args:
-    # training features: `digits` (embedded, composed on first use) or cmg-features files
-    data: tuple[str, ...] = ("digits",)
-    probe_data: tuple[str, ...] = ()  # features for the probes; default: the splits of the training data
-    probe_target: tuple[str, ...] = ()  # features to test the probes on; default: the test split of the probe data
-    class_map: tuple[str, ...] = ()  # classes of the probe target with other names: "target's name=source's name"
-    modalities: tuple[str, ...] = ()  # two or more modalities of the data; default: all
-    epochs: Optional[int] = None  # passes over the train split; default: 5
-    batch_size: int = 80  # clips per step, B
-    learning_rate: float = 4e-4  # of Adam
-    codebook_size: int = 400  # number of codes, K
-    code_dim: int = 256  # width of a code, D
-    # start of the codebook: encoder outputs of the first batch, or U(-1/K, 1/K)
-    codebook_init: Literal["data", "uniform"] = "data"
-    # steps without use after which a code is reset, N_re; 0 never; default: 10 under 10,000 clips, else 300
-    reset_after: Optional[int] = None
-    seed: int = 1  # of weights, batches, masks and puzzles
-    device: str = "auto"  # `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`
-    precision: Literal["fp32", "bf16"] = "fp32"  # of encoders and decoders; distances, EMA and losses are fp32
-    compile: bool = False  # compile the networks
-    runs_dir: str = "runs"  # where run folders and the composed digits go
-    resume: Optional[str] = None  # run folder to continue; its settings are taken over
-    eval_every: int = 0  # probe every so many epochs besides the end; 0: at the end only
-    # save a checkpoint after this many steps of the run and stop, as Ctrl-C does
-    stop_after_steps: Optional[int] = None
-    log_every: int = 10  # steps between log lines; the only host synchronisation of a step
-    # where features wait: on the device, in host memory, or in the file, read ahead by a thread
-    features_on: Literal["auto", "device", "memory", "file"] = "auto"
-    # what is probed at the end and every `eval_every` epochs; default: classification and open_set if there are labels
-    tasks: tuple[Literal[probes.TASKS], ...] = ()
-    # open-set tasks: a number of known first classes, or class numbers such as 0,2,4; default: half of the classes
-    known: tuple[str, ...] = ()
-    score: Literal[probes.SCORES] = "softmax"  # by which unknown clips are told from known ones; results.json has all
-    ema_decay: float = 0.99  # decay of the codebook's moving averages, gamma
-    # reset a code that some modality (unshared) or that every modality (unused) left alone for N_re steps
-    reset_rule: Literal["unshared", "unused"] = "unshared"
-    # what a reset code becomes: mean output of all modalities at one segment, one output, or a live code plus noise
-    reset_source: Literal["paired", "batch", "live"] = "paired"
-    # how the cells of a feature map become one vector; `sum` is what the released code computes
-    spatial_pool: Literal["attention", "sum"] = "attention"
-    # factor of the attention scores, which lie in (-1, 1): at 1 no cell of 49 can get more than 13 % of the weight
-    pool_sharpness: float = 10.0
-    # channels of the modality-specific map branch, as a multiple of d; default: 1 under 10,000 clips, else 2
-    recon_width: Optional[int] = None
+class Method:
     mask_ratio: float = 0.3  # share of features masked in FCMI's queries
-    # mask channels of all segments (paper) or whole segments (released code)
-    mask_axis: Literal["channel", "time"] = "channel"
+    mask_axis: Literal["channel", "time"] = "channel"  # mask channels of a clip (paper) or its segments (released)
     mask_sharing: Literal["same", "different"] = "same"  # one mask for all modalities of a clip, or one each
     similarity: Literal["dot", "cosine"] = "cosine"  # in FCMI; the paper has dot
     temperature: float = 0.1  # tau of FCMI; the paper has 1.0, with dot
-    # cross-modal unified jigsaw, multimodal jigsaw (Dong et al.), or none
-    jigsaw: Literal["cujp", "mmjp", "none"] = "cujp"
+    jigsaw: Literal["cujp", "mmjp"] = "cujp"  # cross-modal unified jigsaw, or the multimodal one of Dong et al.
     cujp_splits: int = 8  # parts of a code, O
     cujp_permutations: int = 256  # most permutations to tell apart: P = min(O!, this)
-    # permutations drawn per vector and step, an unbiased estimate; 0: all P; default: 8 under 10,000 clips, else 0
-    cujp_samples: Optional[int] = None
-    # vectors behind the EMA: own, or averaged with the other modalities' at the same segment (released code)
-    mm_ema: Literal["none", "time-aligned"] = "none"
+    cujp_samples: int = 8  # permutations drawn per vector and step, an unbiased estimate; 0: all P, as in the paper
+    mm_ema: bool = False  # the codebook follows outputs averaged over the modalities (released) instead of their own
     lambda_fine: float = 1.0  # weight of the fine InfoNCE
     lambda_coarse: float = 1.0  # weight of the coarse InfoNCE
     lambda_cujp: float = 2.0  # weight of the jigsaw
-    lambda_recon: float = 1.0  # weight of the reconstruction
-    lambda_commit: float = 1.0  # weight of the commitment
+
+
+@dataclass
+class Codebook:
+    codebook_size: int = 400  # number of codes, K
+    code_dim: int = 256  # width of a code, D
+    codebook_init: Literal["data", "uniform"] = "data"  # start: outputs of the first batch, or U(-1/K, 1/K)
+    ema_decay: float = 0.99  # decay of the codebook's moving averages, gamma
+    reset_after: int = 10  # steps without use after which a code is dead and gets a new place, N_re; 0: never
+    reset_rule: Literal["unshared", "unused"] = "unshared"  # dead: unused by some modality, or by every modality
+    # new place: the mean output of all modalities at one segment, one output, or a live code plus noise
+    reset_source: Literal["paired", "batch", "live"] = "paired"
+
+
+@dataclass
+class Optimisation:
+    epochs: int = 5  # passes over the train split
+    batch_size: int = 80  # clips per step, B
+    learning_rate: float = 4e-4  # of Adam
+    # how a map becomes a vector: attention with sharpened scores, the papers' attention, or the sum (released)
+    spatial_pool: Literal["attention", "paper", "sum"] = "attention"
+    precision: Literal["fp32", "bf16"] = "fp32"  # of encoders and decoders; distances, EMA and losses are fp32
+    compile: bool = False  # compile the networks
+
+
+@dataclass
+class Data:
+    data: tuple[str, ...] = ("digits",)  # cmg-features files, or `digits`, embedded and composed on first use
+    modalities: tuple[str, ...] = ()  # two or more modalities of the data; none named: all of them
+    features_on: Literal["auto", "device", "memory", "file"] = "auto"  # where features wait; `file`: read ahead
+
+
+@dataclass
+class Args(Running, Data, Optimisation, Codebook, Method):
+    """Every flag; those of `Running` (seed, device, resume, log, ...) stand in run.py."""
+
+
+LIMITS = {  # of numbers, which Run checks; all others must not be negative
+    "above_zero": ("epochs", "batch_size", "learning_rate", "codebook_size", "code_dim", "temperature", "cujp_splits",
+                   "cujp_permutations"),
+    "below_one": ("ema_decay", "mask_ratio"),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ encoders
 class SpatialPool(nn.Module):
     """Feature maps to vectors, (B, T, H, W, d) -> (B, T, d): a channel gate, then attention over the H * W cells."""
 
-    def __init__(self, width: int, hidden: int, kind: str, sharpness: float):
+    # Scores lie in (-1, 1): unsharpened, no cell of 49 can get more than 13 % of the weight.
+    SHARPNESS = {"attention": 10.0, "paper": 1.0}
+
+    def __init__(self, width: int, hidden: int, kind: str):
         super().__init__()
-        self.kind, self.sharpness = kind, sharpness
+        self.kind = kind
         squeezed = max(1, width // 8)
         self.gate = nn.Sequential(nn.Linear(width, squeezed, bias=False), nn.ReLU(),
                                   nn.Linear(squeezed, width, bias=False), nn.Sigmoid())
@@ -131,24 +120,36 @@ class SpatialPool(nn.Module):
         w = F.relu(self.mean_proj(x.mean(2))) * self.score.weight  # (B, T, hidden)
         cells = self.cell_proj(x.flatten(0, 2)).relu_()  # (B*T*H*W, hidden): in place, but on a view that would copy
         score = cells.unflatten(0, x.shape[:3]) @ w[..., None] + self.score.bias  # (B, T, H*W, 1)
-        return ((self.sharpness * score.tanh()).softmax(2) * x).sum(2)
+        return ((self.SHARPNESS[self.kind] * score.tanh()).softmax(2) * x).sum(2)
 
 
 class SemanticEncoder(nn.Module):
-    """Phi_m: features (B, T, ...) -> semantic z (B, T, D). No positions are encoded: they alone would solve L_fine."""
+    """Phi_m: features (B, T, ...) -> semantic z (B, T, D), maps (B, T, H, W, d) pooled first.
+
+    The Transformer is given no positions: they alone would solve the losses that tell segments apart. Only the LSTM,
+    which reads text, knows of order. Raises InputError if the attention heads do not divide D."""
 
     def __init__(self, modality: str, shape: tuple, args: Args):
         super().__init__()
-        width, code_dim = shape[-1], args.code_dim
-        self.pool = SpatialPool(width, code_dim, args.spatial_pool, args.pool_sharpness) if len(shape) == 4 else None
-        self.lstm = nn.LSTM(width, 128, 2, batch_first=True, bidirectional=True) if modality == "text" else None
-        self.proj = nn.Linear(256 if modality == "text" else width, code_dim)
+        if args.code_dim % 4:
+            raise InputError(f"--code-dim {args.code_dim}: must be divisible by 4, the attention heads")
+        width = shape[-1]
+        code_dim = args.code_dim
+        self.pool = nn.Identity()
+        self.lstm = None
+        if len(shape) == 4:
+            self.pool = SpatialPool(width, code_dim, args.spatial_pool)
+        if modality == "text":
+            self.lstm = nn.LSTM(width, 128, 2, batch_first=True, bidirectional=True)
+            width = 256  # both directions
+        self.proj = nn.Linear(width, code_dim)
         layer = nn.TransformerEncoderLayer(code_dim, 4, 1024, dropout=0.1, batch_first=True)
         self.transformer = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
     def forward(self, x):
-        x = self.pool(x) if self.pool else x  # (B, T, H, W, d) -> (B, T, d)
-        x = self.lstm(x)[0] if self.lstm else x  # (B, T, d) -> (B, T, 256)
+        x = self.pool(x)  # (B, T, d)
+        if self.lstm is not None:
+            x, _ = self.lstm(x)  # (B, T, d) -> (B, T, 256)
         return self.transformer(self.proj(x))
 
 
@@ -170,16 +171,23 @@ class Residual(nn.Module):
 
 
 class SpecificEncoder(nn.Module):
-    """Psi_m, what only this modality knows: (B, T, d) -> (B, T, 256), or (B, T, H, W, d) -> (B*T, 2 r d, H-4, W-4)."""
+    """Psi_m, what only this modality knows: (B, T, d) -> (B, T, 256), or (B, T, H, W, d) -> (B*T, 2d, H-4, W-4).
 
-    def __init__(self, shape: tuple, recon_width: int):
+    No paper describes it; the releases have it (with twice the channels). Raises InputError on maps below 5 x 5."""
+
+    def __init__(self, shape: tuple):
         super().__init__()
-        d, self.is_map = shape[-1], len(shape) == 4
-        r = recon_width * d
-        self.width = 2 * r if self.is_map else 256
-        self.net = nn.Sequential(nn.Conv2d(d, r, 3), nn.ReLU(), nn.Conv2d(r, 2 * r, 3), nn.ReLU(),
-                                 nn.Conv2d(2 * r, 2 * r, 1), Residual(2 * r), nn.ReLU()) if self.is_map else \
-            nn.Sequential(nn.Linear(d, self.width), nn.ReLU())
+        d = shape[-1]
+        self.is_map = len(shape) == 4
+        if self.is_map:
+            if min(shape[1:3]) < 5:
+                raise InputError(f"maps of {tuple(shape[1:3])} cells, at least 5 x 5 are needed")
+            self.width = 2 * d
+            self.net = nn.Sequential(nn.Conv2d(d, d, 3), nn.ReLU(), nn.Conv2d(d, 2 * d, 3), nn.ReLU(),
+                                     nn.Conv2d(2 * d, 2 * d, 1), Residual(2 * d), nn.ReLU())
+        else:
+            self.width = 256
+            self.net = nn.Sequential(nn.Linear(d, 256), nn.ReLU())
 
     def forward(self, x):
         return self.net(to_channels_first(x) if self.is_map else x)
@@ -193,7 +201,8 @@ def nearest_code(z, codebook):
     require_shape("codebook", codebook, (-1, -1))
     require_shape("z", z, (*z.shape[:-1], codebook.shape[1]))
     dtype = torch.promote_types(z.dtype, torch.float32)
-    flat, codes = z.detach().reshape(-1, z.shape[-1]).to(dtype), codebook.to(dtype)
+    flat = z.detach().reshape(-1, z.shape[-1]).to(dtype)  # (N, D)
+    codes = codebook.to(dtype)
     with torch.autocast(z.device.type, enabled=False):
         # ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2, the first term being the same for all codes
         distance = torch.addmm(codes.square().sum(1), flat, codes.T, alpha=-2)  # (N, K)
@@ -212,33 +221,54 @@ def ema_update(ema_count, ema_sum, code_index, vectors, decay: float):
     vectors = vectors.detach().to(ema_sum.dtype)
     count = torch.zeros_like(ema_count).index_add_(0, code_index, torch.ones_like(vectors[:, 0]))
     total = torch.zeros_like(ema_sum).index_add_(0, code_index, vectors)
-    count, total = all_reduce_sum(count), all_reduce_sum(total)  # over all processes
     ema_count = decay * ema_count + (1 - decay) * count
     ema_sum = decay * ema_sum + (1 - decay) * total
-    eps, n = 1e-5, ema_count.sum()
+    # Laplace smoothing keeps an unused code finite; no paper has it, the releases do.
+    eps = 1e-5
+    n = ema_count.sum()
     smoothed = (ema_count + eps) / (n + len(ema_count) * eps) * n
     return ema_count, ema_sum, ema_sum / smoothed[:, None]
 
 
+def sample_rows(vectors, wanted: int, generator):
+    """`wanted` of the rows in random order, each once before any twice: (..., n, D) -> (..., wanted, D)
+
+    Rows that come twice get small noise, or the second one could never be the nearest code."""
+    n = vectors.shape[-2]
+    order = torch.randperm(n, generator=generator, device=vectors.device)
+    rows = vectors[..., order.repeat(wanted // n + 1)[:wanted], :]
+    if wanted > n:
+        rows = rows + 1e-3 * torch.randn(rows.shape, generator=generator, device=rows.device)
+    return rows
+
+
+def copies_of_live(codebook, dead, generator):
+    """For each code a random one that is not dead, plus small noise: codebook (..., K, D), dead (K,) -> (..., K, D)"""
+    scores = torch.rand(len(dead), len(dead), generator=generator, device=dead.device).masked_fill(dead, -1)
+    copies = codebook[..., scores.argmax(1), :]
+    return copies + 1e-3 * torch.randn(copies.shape, generator=generator, device=dead.device)
+
+
 class Quantizer(nn.Module):
-    """One codebook for all modalities, moved by EMA; dead codes are reset together with their EMA statistics."""
+    """One codebook for all modalities, moved by EMA; dead codes get a new place, and their EMA statistics with them."""
 
     def __init__(self, modalities: list, args: Args):
         super().__init__()
-        size, self.modalities, self.width, self.decay = args.codebook_size, modalities, args.code_dim, args.ema_decay
-        self.reset_after, self.reset_rule, self.reset_source = args.reset_after, args.reset_rule, args.reset_source
+        size = args.codebook_size
+        self.width = args.code_dim  # of what decoders and probes read
+        self.args = args
         self.register_buffer("codebook", torch.empty(size, args.code_dim).uniform_(-1 / size, 1 / size))
         self.register_buffer("ema_count", torch.ones(size))
         self.register_buffer("ema_sum", self.codebook.clone())
-        self.register_buffer("idle", torch.zeros(len(modalities), size, dtype=torch.long))  # steps since last use
+        self.register_buffer("steps_since_used", torch.zeros(len(modalities), size, dtype=torch.long))
         self.register_buffer("usage", torch.zeros(len(modalities), size))  # selections since the last log line
-        self.register_buffer("resets", torch.zeros(()))  # resets since the last log line
+        self.register_buffer("resets", torch.zeros(()))  # since the last log line
 
     def forward(self, z: dict):
         """{m: (B, T, D)} -> (quantized with straight-through gradients {m: (B, T, D)}, code_index {m: (B, T)})"""
         code_index = nearest_code(torch.stack(list(z.values())), self.codebook)  # (M, B, T)
         chosen = F.embedding(code_index, self.codebook)  # (M, B, T, D)
-        quantized = {m: v + (e - v).detach() for (m, v), e in zip(z.items(), chosen)}
+        quantized = {m: z[m] + (e - z[m]).detach() for m, e in zip(z, chosen)}
         return quantized, dict(zip(z, code_index))
 
     def encode(self, z, modality: str):
@@ -246,65 +276,70 @@ class Quantizer(nn.Module):
         code_index = nearest_code(z, self.codebook)
         return F.embedding(code_index, self.codebook), code_index
 
-    def candidates(self, z: dict, source: str, generator):
-        """K encoder outputs in random order, (K, D): means over the modalities (`paired`) or single ones (`batch`)."""
-        stacked = all_gather(torch.stack(list(z.values())).detach(), 1)  # (M, B, T, D) of all processes
-        rows = (stacked.mean(0) if source == "paired" else stacked).flatten(0, -2)
-        order = torch.randperm(len(rows), generator=generator, device=rows.device)
-        return rows[order[torch.arange(len(self.codebook), device=rows.device) % len(rows)]]
+    def new_codes(self, z: dict, source: str, generator):
+        """Random encoder outputs as codes: means of the modalities at a segment (`paired`) or single ones -> (K, D)"""
+        vectors = torch.stack(list(z.values())).detach()  # (M, B, T, D)
+        if source == "paired":
+            vectors = vectors.mean(0)
+        return sample_rows(vectors.flatten(0, -2), len(self.codebook), generator)
 
-    def start(self, z: dict, generator):
+    @torch.no_grad()
+    def init_from_batch(self, z: dict, generator) -> None:
         """Data-dependent start: the codebook becomes paired encoder outputs of the first batch."""
-        self.codebook.copy_(self.candidates(z, "paired", generator))
+        self.codebook.copy_(self.new_codes(z, "paired", generator))
         self.ema_sum.copy_(self.codebook)
 
-    def update(self, z: dict, code_index: dict, vectors: dict, generator):
-        """Once per step, no gradient: EMA over all `vectors` at once, then resets. All dicts {m: (B, T, ...)}."""
+    @torch.no_grad()
+    def update(self, z: dict, code_index: dict, ema_input: dict, generator) -> None:
+        """Once per step, all {m: (B, T, ...)}: each code moves towards the mean of the `ema_input` at the segments that
+        chose it, then dead codes are reset to outputs z."""
         index = torch.stack(list(code_index.values())).flatten(1)  # (M, N)
-        stacked = torch.stack(list(vectors.values())).detach()  # (M, B, T, D)
-        state = ema_update(self.ema_count, self.ema_sum, index.flatten(), stacked.flatten(0, -2), self.decay)
-        for buffer, value in zip((self.ema_count, self.ema_sum, self.codebook), state):
-            buffer.copy_(value)
+        vectors = torch.stack(list(ema_input.values())).flatten(0, -2)  # (M * N, D)
+        decay = self.args.ema_decay
+        count, total, codebook = ema_update(self.ema_count, self.ema_sum, index.flatten(), vectors, decay)
+        self.ema_count.copy_(count)
+        self.ema_sum.copy_(total)
+        self.codebook.copy_(codebook)
         used = torch.zeros_like(self.usage).scatter_add_(1, index, torch.ones_like(index, dtype=self.usage.dtype))
-        used = all_reduce_sum(used)
         self.usage += used
-        self.idle.copy_(torch.where(used > 0, 0, self.idle + 1))
-        if self.reset_after:
+        self.steps_since_used.copy_(torch.where(used > 0, 0, self.steps_since_used + 1))
+        if self.args.reset_after:
             self.reset(z, generator)
 
-    def reset(self, z: dict, generator):
-        """Give dead codes a new place, and their EMA statistics with them; no host synchronisation."""
-        unused = self.idle >= self.reset_after  # (M, K)
-        dead = unused.any(0) if self.reset_rule == "unshared" else unused.all(0)
-        if self.reset_source == "live":
-            lottery = torch.rand(len(dead), len(dead), generator=generator, device=dead.device).masked_fill(dead, -1)
-            place = self.codebook[lottery.argmax(1)]
-            place = place + 1e-3 * torch.randn(place.shape, generator=generator, device=dead.device)
-            dead = dead & ~dead.all()  # nobody is left to copy
+    def reset(self, z: dict, generator) -> None:
+        """Give dead codes a new place, and the statistics of a code that one vector has chosen; z {m: (B, T, D)}"""
+        unused = self.steps_since_used >= self.args.reset_after  # (M, K)
+        dead = unused.any(0) if self.args.reset_rule == "unshared" else unused.all(0)  # (K,)
+        if self.args.reset_source == "live":
+            new = copies_of_live(self.codebook, dead, generator)
+            dead = dead & ~dead.all()  # there must be one to copy
         else:
-            place = self.candidates(z, self.reset_source, generator)
-        self.codebook.copy_(torch.where(dead[:, None], place, self.codebook))
-        self.ema_sum.copy_(torch.where(dead[:, None], place, self.ema_sum))
+            new = self.new_codes(z, self.args.reset_source, generator)
+        self.codebook.copy_(torch.where(dead[:, None], new, self.codebook))
+        self.ema_sum.copy_(torch.where(dead[:, None], new, self.ema_sum))
         self.ema_count.masked_fill_(dead, 1.0)
-        self.idle.masked_fill_(dead, 0)
+        self.steps_since_used.masked_fill_(dead, 0)
         self.resets += dead.sum()
 
 
-QUANTIZER = Quantizer  # what the model is built with
+QUANTIZER = Quantizer  # what a Model of this method is built with
 
 
 # ------------------------------------------------------------------------------------------------------------ decoders
 class Decoder(nn.Module):
-    """D_m: [code ; specific] -> features. code (B, T, D), specific as SpecificEncoder gives it -> (B, T, ...)"""
+    """D_m: [code ; specific] -> features. code (B, T, width), specific as SpecificEncoder gives it -> (B, T, ...)"""
 
-    def __init__(self, shape: tuple, code_width: int, recon_width: int):
+    def __init__(self, shape: tuple, code_width: int):
         super().__init__()
-        width, self.is_map = shape[-1], len(shape) == 4
-        r = recon_width * width
-        self.mix = nn.Conv2d(code_width + 2 * r, 2 * r, 1) if self.is_map else nn.Linear(code_width + 256, 256)
-        self.net = nn.Sequential(Residual(2 * r), nn.ReLU(), nn.ConvTranspose2d(2 * r, r, 3), nn.ReLU(),
-                                 nn.ConvTranspose2d(r, width, 3)) if self.is_map else \
-            nn.Sequential(nn.ReLU(), nn.Linear(256, width))
+        d = shape[-1]
+        self.is_map = len(shape) == 4
+        if self.is_map:
+            self.mix = nn.Conv2d(code_width + 2 * d, 2 * d, 1)
+            self.net = nn.Sequential(Residual(2 * d), nn.ReLU(), nn.ConvTranspose2d(2 * d, d, 3), nn.ReLU(),
+                                     nn.ConvTranspose2d(d, d, 3))
+        else:
+            self.mix = nn.Linear(code_width + 256, 256)
+            self.net = nn.Sequential(nn.ReLU(), nn.Linear(256, d))
 
     def forward(self, code, specific):
         if not self.is_map:
@@ -322,9 +357,9 @@ class Model(nn.Module):
     def __init__(self, shape: dict, args: Args):
         super().__init__()
         self.semantic = nn.ModuleDict({m: SemanticEncoder(m, s, args) for m, s in shape.items()})
-        self.specific = nn.ModuleDict({m: SpecificEncoder(s, args.recon_width) for m, s in shape.items()})
+        self.specific = nn.ModuleDict({m: SpecificEncoder(s) for m, s in shape.items()})
         self.quantizer = QUANTIZER(list(shape), args)
-        self.decoder = nn.ModuleDict({m: Decoder(s, self.quantizer.width, args.recon_width) for m, s in shape.items()})
+        self.decoder = nn.ModuleDict({m: Decoder(s, self.quantizer.width) for m, s in shape.items()})
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -333,18 +368,17 @@ def commitment_loss(z: dict, code_index: dict, codebook):
     return sum(F.mse_loss(z[m], F.embedding(code_index[m], codebook).detach()) for m in z)
 
 
-def info_nce(query, candidates, temperature: float, similarity: str = "dot", of_all_processes: bool = False):
+def info_nce(query, candidates, temperature: float, similarity: str = "dot"):
     """InfoNCE with the positives on the diagonal: query and candidates (..., N, D) -> ()
 
-    mean_i -log( exp(q_i.c_i / tau) / sum_k exp(q_i.c_k / tau) ), over the candidates of all processes if wanted.
-    Raises ValueError on unequal shapes."""
+    mean_i -log( exp(q_i.c_i / tau) / sum_k exp(q_i.c_k / tau) ). Raises ValueError on unequal shapes."""
     require_shape("query", query, (*query.shape[:-2], -1, -1))
     require_shape("candidates", candidates, query.shape)
     if similarity == "cosine":
-        query, candidates = F.normalize(query, dim=-1), F.normalize(candidates, dim=-1)
-    candidates, first = (all_gather(candidates, -2), RANK * query.shape[-2]) if of_all_processes else (candidates, 0)
+        query = F.normalize(query, dim=-1)
+        candidates = F.normalize(candidates, dim=-1)
     logits = query @ candidates.transpose(-1, -2) / temperature  # (..., N, N)
-    return -logits.log_softmax(-1).diagonal(first, -2, -1).mean()
+    return -logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
 
 
 def fcmi_loss(z: dict, mask, temperature: float, similarity: str = "dot"):
@@ -352,19 +386,22 @@ def fcmi_loss(z: dict, mask, temperature: float, similarity: str = "dot"):
 
     z {m: (B, T, D)}; mask (B, 1, D) or (B, T, 1), one for all or {m: mask} -> (fine, coarse), each ().
     Raises ValueError if the modalities differ in shape or a mask does not broadcast to them."""
-    masks, shape = mask if isinstance(mask, dict) else {m: mask for m in z}, next(iter(z.values())).shape
+    first, *others = z.values()
+    require_shape("z", first, (-1, -1, -1))
+    for other in others:
+        require_shape("z", other, first.shape)
+    masks = mask if isinstance(mask, dict) else dict.fromkeys(z, mask)
     for m in z:
-        require_shape("z", z[m], (-1, -1, -1) if len(shape) != 3 else shape)
-        fitting = zip(reversed(masks[m].shape), reversed(shape))
-        require_shape("mask", masks[m], tuple(have if have == 1 else full for have, full in fitting)[::-1])
+        fits = [have if have in (1, want) else want for have, want in zip(masks[m].shape, first.shape)]
+        require_shape("mask", masks[m], fits)
     query = torch.stack([masks[m] * z[m] for m in z])[:, None]  # (M, 1, B, T, D)
     whole = torch.stack(list(z.values()))[None]  # (1, M, B, T, D)
     query, whole = torch.broadcast_tensors(query, whole)  # (M, M, B, T, D)
-    pairs = len(z) ** 2
+    pairs = len(z) ** 2  # info_nce averages over them, the paper sums
     # Eq. 4: per clip i, query zbar_m[i, j] against z_n[i, k] over segments k, positive k = j
     fine = pairs * info_nce(query, whole, temperature, similarity)
     # Eq. 5: query mean_t zbar_m[i] against mean_t z_n[j] over clips j, positive j = i
-    coarse = pairs * info_nce(query.mean(-2), whole.mean(-2), temperature, similarity, of_all_processes=True)
+    coarse = pairs * info_nce(query.mean(-2), whole.mean(-2), temperature, similarity)
     return fine, coarse
 
 
@@ -374,79 +411,96 @@ def time_aligned(z: dict) -> dict:
     return {m: (v + (total - v) / (len(z) - 1)) / 2 for m, v in z.items()}
 
 
-def draw_masks(z: dict, args: Args, generator):
-    """FCMI's masks of ones and zeros: (B, 1, D) over channels or (B, T, 1) over segments, for all or {m: mask}."""
+def draw_mask(z: dict, args: Args, generator):
+    """FCMI's mask of ones and zeros: (B, 1, D) over channels or (B, T, 1) over segments, for all or {m: mask}."""
     b, t, d = next(iter(z.values())).shape
-    shape = (b * WORLD_SIZE, 1, d) if args.mask_axis == "channel" else (b * WORLD_SIZE, t, 1)
-    draw = partial(torch.rand, shape, generator=generator, device=generator.device)
-    if args.mask_sharing == "same":
-        return (local_rows(draw()) >= args.mask_ratio).float()
-    return {m: (local_rows(draw()) >= args.mask_ratio).float() for m in z}
+    shape = (b, 1, d) if args.mask_axis == "channel" else (b, t, 1)
+
+    def draw():
+        return (torch.rand(shape, generator=generator, device=generator.device) >= args.mask_ratio).float()
+
+    return draw() if args.mask_sharing == "same" else {m: draw() for m in z}
 
 
 class CUJP(nn.Module):
     """Cross-modal unified jigsaw puzzles (3.3): which of P fixed permutations shuffled the O parts of a code?
 
-    Each part of each vector comes from a modality drawn at random. `samples` S > 0 classifies S random permutations per
-    vector instead of all P: an unbiased estimate at S / P of the cost. Raises ValueError unless splits divides code_dim
-    and 1 <= permutations <= splits!."""
+    Raises InputError unless splits divides code_dim, and ValueError unless 1 <= permutations <= splits!."""
 
-    def __init__(self, code_dim: int, splits: int, permutations: int, modalities: int, seed: int, samples: int = 0):
+    def __init__(self, code_dim: int, splits: int, permutations: int, seed: int):
         super().__init__()
-        if splits < 1 or code_dim % splits:
-            raise ValueError(f"splits {splits} does not divide code_dim {code_dim}")
+        if code_dim % splits:
+            raise InputError(f"--cujp-splits {splits}: must divide the width of a code, {code_dim}")
         if not 1 <= permutations <= math.factorial(splits):
             raise ValueError(f"permutations {permutations} is not in 1..{splits}! = {math.factorial(splits)}")
-        self.code_dim, self.splits, self.modalities, self.samples = code_dim, splits, modalities, samples
-        rng, chosen = random.Random(seed), {}
-        while len(chosen) < permutations:  # distinct, in the order drawn; never lists all O!
-            chosen.setdefault(tuple(rng.sample(range(splits), splits)))
-        self.register_buffer("permutations", torch.tensor(list(chosen)))  # (P, O)
+        self.splits = splits
+        rng = random.Random(seed)
+        distinct = {}  # in the order drawn; listing all O! would never end
+        while len(distinct) < permutations:
+            distinct[tuple(rng.sample(range(splits), splits))] = None
+        self.register_buffer("permutations", torch.tensor(list(distinct)))  # (P, O)
         self.hidden = nn.Linear(code_dim, 512)
         self.classify = nn.Linear(512, permutations)
 
-    def forward(self, quantized: dict, generator=None):
-        """quantized {m: (B, T, D)} -> () cross-entropy of the permutation, mean over vectors and permutations"""
-        parts = torch.stack(self.cut(quantized)).unflatten(-1, (self.splits, -1))  # (M, N, O, w)
-        many, n, o, _ = parts.shape
-        chosen = torch.randint(many, (n * WORLD_SIZE, o), generator=generator, device=parts.device)
-        chosen = local_rows(chosen)  # (N, O)
-        chosen = chosen == torch.arange(many, device=parts.device)[:, None, None]  # (M, N, O) one-hot
-        return self.puzzle((parts * chosen[..., None]).sum(0), generator)
+    def forward(self, quantized: dict, modality, permutation):
+        """Cross-entropy of the permutation, mean over vectors and their S permutations.
 
-    def cut(self, quantized: dict) -> list:
-        """[(N, D) for each modality]. Raises ValueError on shapes that differ or a width other than code_dim."""
+        quantized {m: (B, T, D)}; modality (N, O) int64: which one gives each part of each vector; permutation (N, S)
+        int64: under which of the P it is shown -> (). Raises ValueError on shapes that do not fit."""
+        parts = torch.stack(self.rows_of(quantized, self.hidden.in_features)).unflatten(-1, (self.splits, -1))
+        require_shape("modality", modality, parts.shape[1:3])  # parts (M, N, O, w)
+        number = torch.arange(len(parts), device=parts.device)
+        chosen = modality == number[:, None, None]  # (M, N, O) one-hot
+        return self.loss((parts * chosen[..., None]).sum(0), permutation)
+
+    def rows_of(self, quantized: dict, width: int) -> list:
+        """[(N, width) for each modality]. Raises ValueError on shapes that differ or another width."""
         first = next(iter(quantized.values()))
         for q in quantized.values():
-            require_shape("quantized", q, (*first.shape[:-1], self.code_dim))
+            require_shape("quantized", q, (*first.shape[:-1], width))
         return [q.flatten(0, -2) for q in quantized.values()]
 
-    def puzzle(self, parts, generator):
-        """parts (N, O, w) -> (): classify each vector under its permutations"""
-        n, o, w = parts.shape
-        p, device = len(self.permutations), parts.device
-        if self.samples:
-            target = torch.randint(p, (n * WORLD_SIZE, self.samples), generator=generator, device=device)
-            target = local_rows(target)  # (N, S)
-        else:
-            target = torch.arange(p, device=device).expand(n, p)  # (N, P)
-        row = torch.arange(n, device=device)[:, None, None] * o + self.permutations[target]  # (N, S, O)
-        shuffled = F.embedding(row, parts.reshape(n * o, w)).flatten(0, 1).flatten(1)  # (N*S, O*w)
+    def loss(self, parts, permutation):
+        """parts (N, O, w), permutation (N, S) -> ()"""
+        n, o = parts.shape[:2]
+        require_shape("permutation", permutation, (n, -1))
+        row = torch.arange(n, device=parts.device)[:, None, None] * o + self.permutations[permutation]  # (N, S, O)
+        shuffled = F.embedding(row, parts.flatten(0, 1)).flatten(0, 1).flatten(1)  # (N*S, O*w)
         logits = self.classify(F.relu(self.hidden(shuffled)))  # (N*S, P)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target.flatten())
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), permutation.flatten())
 
 
 class MMJP(CUJP):
     """Multimodal jigsaw puzzles (Dong et al.): the parts of all modalities are permuted together, H reads M * D."""
 
-    def __init__(self, code_dim: int, splits: int, permutations: int, modalities: int, seed: int, samples: int = 0):
-        super().__init__(modalities * code_dim, modalities * splits, permutations, modalities, seed, samples)
+    def __init__(self, code_dim: int, splits: int, permutations: int, seed: int, num_modalities: int):
+        super().__init__(num_modalities * code_dim, num_modalities * splits, permutations, seed)
         self.code_dim = code_dim
 
-    def forward(self, quantized: dict, generator=None):
-        """quantized {m: (B, T, D)} -> ()"""
-        parts = torch.cat(self.cut(quantized), -1).unflatten(-1, (self.splits, -1))  # (N, M*O, w)
-        return self.puzzle(parts, generator)
+    def forward(self, quantized: dict, modality, permutation):
+        """As CUJP, but `modality` is not read: every part is there once."""
+        parts = torch.cat(self.rows_of(quantized, self.code_dim), -1).unflatten(-1, (self.splits, -1))  # (N, M*O, w)
+        return self.loss(parts, permutation)
+
+
+def make_jigsaw(num_modalities: int, args: Args):
+    """CUJP or MMJP with P = min(O!, --cujp-permutations) permutations"""
+    if args.jigsaw == "cujp":
+        permutations = min(math.factorial(args.cujp_splits), args.cujp_permutations)
+        return CUJP(args.code_dim, args.cujp_splits, permutations, args.seed)
+    permutations = min(math.factorial(args.cujp_splits * num_modalities), args.cujp_permutations)
+    return MMJP(args.code_dim, args.cujp_splits, permutations, args.seed, num_modalities)
+
+
+def draw_puzzles(code_index: dict, jigsaw: CUJP, args: Args, generator):
+    """For each of the N vectors of a batch the modality of its parts (N, O), and S permutations (N, S), all P of them
+    if --cujp-samples is 0; code_index {m: (B, T)}"""
+    n = next(iter(code_index.values())).numel()
+    p, o = jigsaw.permutations.shape
+    modality = torch.randint(len(code_index), (n, o), generator=generator, device=generator.device)
+    if args.cujp_samples == 0:
+        return modality, torch.arange(p, device=generator.device).expand(n, p)
+    return modality, torch.randint(p, (n, args.cujp_samples), generator=generator, device=generator.device)
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
@@ -456,305 +510,84 @@ def encode(model: Model, features, modality: str):
     return model.quantizer.encode(z, modality)
 
 
-# ---------------------------------------------------------------------------------------------------------- run folder
-def check_args(args: Args) -> None:
-    """Raise InputError on arguments that no data could make usable."""
-    for name in ("codebook_size", "code_dim", "batch_size", "learning_rate", "log_every", "recon_width", "epochs",
-                 "stop_after_steps"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    for name in ("reset_after", "eval_every"):
-        if (getattr(args, name) or 0) < 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
-    if not 0 <= args.seed < 2**32:
-        raise InputError(f"--seed {args.seed}: must be in [0, 2^32)")
-    if args.code_dim % 4:
-        raise InputError(f"--code-dim {args.code_dim}: must be divisible by 4, the attention heads")
-    if not 0 <= args.ema_decay < 1:
-        raise InputError(f"--ema-decay {args.ema_decay}: must be in [0, 1)")
-
-
-def check_micu(args: Args) -> None:
-    """Raise InputError on method arguments that cannot be used."""
-    if not 0 <= args.mask_ratio < 1:
-        raise InputError(f"--mask-ratio {args.mask_ratio}: must be in [0, 1)")
-    if not args.temperature > 0:
-        raise InputError(f"--temperature {args.temperature}: must be above 0")
-    if args.cujp_splits < 1 or args.code_dim % args.cujp_splits:
-        raise InputError(f"--cujp-splits {args.cujp_splits}: must divide --code-dim {args.code_dim}")
-    if args.cujp_permutations < 1 or (args.cujp_samples or 0) < 0:
-        raise InputError("--cujp-permutations must be above 0, --cujp-samples must not be negative")
-
-
-def settle(args: Args, features: Features, defaults: dict) -> dict:
-    """Resolve the arguments left at None by `defaults`; returns {modality: shape}, checked against the data."""
-    held = " ".join(features.modalities)
-    for absent in set(args.modalities) - set(features.modalities):
-        raise InputError(f"--modalities {absent}: the data holds {held}")
-    modalities = [m for m in features.modalities if m in args.modalities] if args.modalities else features.modalities
-    if len(modalities) < 2:
-        raise InputError(f"--modalities {' '.join(modalities)}: at least two are needed; the data holds {held}")
-    for m in modalities:
-        if len(features.shape[m]) == 4 and min(features.shape[m][1:3]) < 5:
-            raise InputError(f"{m}: maps of {features.shape[m][1:3]} cells, at least 5 x 5 are needed")
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return {m: features.shape[m] for m in modalities}
-
-
-def resume_settings(args: Args):
-    """The settings and state of the run `args.resume`. Where and how far to run may change, the experiment may not."""
-    path = Path(args.resume) / "checkpoint.pt"
-    if not path.is_file():
-        raise InputError(f"--resume {args.resume}: no checkpoint.pt inside; give a run folder")
-    if (Path(args.resume) / "results.json").exists():
-        raise InputError(f"--resume {args.resume}: this run is complete, see its results.json")
-    try:
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        method, saved = state["method"], Args(**state["args"]) if state["method"] == METHOD else None
-    except Exception as error:  # whatever is wrong with the file, the user needs one line
-        raise InputError(f"{path}: not a checkpoint of {METHOD}.py ({first_line(error)})")
-    if method != METHOD:
-        raise InputError(f"{path}: a checkpoint of {method}, this is {METHOD}.py")
-    given = tyro.cli(Args, default=saved)  # the command line again, over the saved settings
-    for name, value in asdict(given).items():
-        free = name in ("resume", "stop_after_steps", "device", "runs_dir", "features_on", "compile")
-        if value != getattr(saved, name) and not free:
-            raise InputError(f"--{name.replace('_', '-')} {value}: the run was started with {getattr(saved, name)}; "
-                             "a resumed run keeps its settings")
-    given.stop_after_steps = args.stop_after_steps
-    return given, state
-
-
-def make_run_folder(args: Args, name: str) -> Path:
-    stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 1000 % 1_000_000:06d}"
-    name = "".join(c if c.isalnum() or c in "-." else "-" for c in name)
-    run = Path(args.resume or f"{args.runs_dir}/{METHOD}__{name}__{args.seed}__{stamp}")
-    try:
-        run.mkdir(parents=True, exist_ok=bool(args.resume))
-    except OSError as error:
-        raise InputError(f"--runs-dir {args.runs_dir}: cannot be written ({error.strerror})")
-    return run
-
-
-def codebook_health(quantizer, code_index: dict) -> dict:
-    """Tags of the codebook since the last log line, as tensors; perplexity is exp(H) of a modality's selections."""
-    share = quantizer.usage / quantizer.usage.sum(1, keepdim=True)
-    perplexity = torch.special.entr(share).sum(1).exp()
-    pairs = itertools.combinations(code_index.values(), 2)
-    tags = {f"codebook/used_{m}": (u > 0).sum() for m, u in zip(code_index, quantizer.usage)}
-    tags |= {f"codebook/perplexity_{m}": p for m, p in zip(code_index, perplexity)}
-    agreement = torch.stack([(a == b).float().mean() for a, b in pairs]).mean()
-    return tags | {"codebook/agreement": agreement, "codebook/resets": quantizer.resets}
-
-
+# -------------------------------------------------------------------------------------------------------- main program
 if __name__ == "__main__":
-    sys.excepthook = explain_input_errors
-    args, state = tyro.cli(Args, description=__doc__), None
-    if args.resume:
-        args, state = resume_settings(args)
-    clock = time.perf_counter()
-    check_args(args)
-    check_micu(args)  # METHOD
-
-    # ---- seed, device, precision
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    init_distributed(device)
+    run = Run(METHOD, parse(Args, __doc__), **LIMITS)
+    args, device = run.args, run.device
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    # a stream of random numbers for each part, so that a loss less leaves the other draws as they were
-    streams = {name: torch.Generator(device).manual_seed(args.seed * 1000 + i)
-               for i, name in enumerate(("reset", "mask", "puzzle"))}  # METHOD
 
     # ---- data
-    features = Features(data_files(args.data, args.runs_dir))
-    probe_features = Features(data_files(args.probe_data, args.runs_dir)) if args.probe_data else features
-    probe_target = Features(data_files(args.probe_target, args.runs_dir)) if args.probe_target else None
-    small = len(features.clips("train")) < 10_000
-    shape = settle(args, features, {
-        "epochs": 5, "reset_after": 10 if small else 300, "recon_width": 1 if small else 2,  # METHOD
-        "cujp_samples": 8 if small else 0})  # METHOD
-    modalities = list(shape)
-    args.tasks = args.tasks or probes.default_tasks(probe_features)
-    probes.check_request(probe_features, shape, args.tasks, args.known, probe_target, args.class_map)
-    batches = Batches(features, modalities, "train", args.batch_size, device, args.seed, args.features_on)
-    steps, origin = args.epochs * len(batches), {"git": git_commit()}
-    origin["data_sha256"] = all_gather_object(features.sha256() if RANK == 0 else None)[0]
-    seconds = {"data": time.perf_counter() - clock}
+    features = Features(args.data, args.runs_dir)
+    shape = features.shapes(args.modalities)  # {m: (T, d) or (T, H, W, d)}
+    plan = probes.Plan(features, shape, device)  # says before training what could not be probed after it
+    batches = Batches(features, shape, "train", args.batch_size, device, args.seed, args.features_on)
 
-    # ---- model and optimizer
+    # ---- networks and their optimizer
     model = Model(shape, args).to(device)
-    modules = nn.ModuleDict({"model": model})
-    if args.jigsaw != "none":  # METHOD
-        parts = args.cujp_splits * (1 if args.jigsaw == "cujp" else len(modalities))  # METHOD
-        permutations = min(math.factorial(parts), args.cujp_permutations)  # METHOD
-        puzzle = {"cujp": CUJP, "mmjp": MMJP}[args.jigsaw]  # METHOD
-        modules["jigsaw"] = puzzle(args.code_dim, args.cujp_splits, permutations, len(modalities),  # METHOD
-                                   args.seed, args.cujp_samples).to(device)  # METHOD
-    optimizer = torch.optim.Adam(modules.parameters(), lr=args.learning_rate, fused=True)
-    loss_weights = {"recon": args.lambda_recon, "commitment": args.lambda_commit, "cujp": args.lambda_cujp,  # METHOD
-                    "fcmi_fine": args.lambda_fine, "fcmi_coarse": args.lambda_coarse}  # METHOD
-    owners = {"modules": modules, "optimizer": optimizer}  # of state, for the checkpoint
+    networks = nn.ModuleDict({"model": model})
     if args.compile:
-        for module in (*model.semantic.values(), *model.specific.values(), *model.decoder.values()):
-            module.compile(dynamic=False)
-    torch.manual_seed(args.seed)  # dropout draws the same whatever the method built
-
-    # ---- run folder, resume
-    step = 0
-    if state:
-        if state["data_sha256"] != origin["data_sha256"]:
-            raise InputError(f"--resume {args.resume}: the data changed since this run was started")
-        try:
-            for name, owner in owners.items():
-                owner.load_state_dict(state[name])
-            step, seconds = state["step"], seconds | state["seconds"]
-            torch.set_rng_state(state["rng"]["cpu"])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(state["rng"]["cuda"], device)
-            for name, stream in streams.items():
-                stream.set_state(state["rng"][name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"{args.resume}/checkpoint.pt does not fit these settings or this kind of device: "
-                             f"{str(error).splitlines()[-1].strip()}")
-    if RANK:
-        torch.manual_seed(args.seed + 1_000_003 * RANK + step)  # dropout draws otherwise in every process
-    run = all_gather_object(make_run_folder(args, features.name) if RANK == 0 else None)[0]
-    if RANK == 0:  # the first process alone writes and probes
-        write_atomically(run / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=1)))
-        log_file = run / "metrics.jsonl"
-        lines = log_file.read_text().splitlines() if log_file.exists() else []
-        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_atomically(log_file, lambda path: path.write_text("".join(line + "\n" for line in lines)))
-        writer = SummaryWriter(str(run), purge_step=step + 1 if state else None)
-
-    def log(tags: dict, step: int) -> None:
-        with open(log_file, "a") as stream:
-            stream.write(json.dumps({"step": step, **tags}) + "\n")
-        for tag, value in tags.items():
-            writer.add_scalar(tag, value, step)
-
-    def save_checkpoint(step: int) -> None:
-        rng = {name: stream.get_state() for name, stream in streams.items()} | {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(device)
-        write_atomically(run / "checkpoint.pt", lambda path: torch.save(
-            {"method": METHOD, "args": asdict(args), "shape": shape, "step": step, "epoch": step // len(batches),
-             "rng": rng, "seconds": seconds, **origin,
-             **{name: owner.state_dict() for name, owner in owners.items()}}, path))
-
-    def evaluate(step: int):
-        tags, selections = probes.evaluate(model, encode, probe_features, modalities, args.codebook_size, device,
-                                           args.tasks, args.known, args.score, probe_target, args.class_map)
-        log(tags, step)
-        return tags, selections
-
-    def on_signal(number, frame):
-        if interrupts and WORLD_SIZE == 1 or step == steps:
-            print(f"stopped at once, the last checkpoint stays; continue with: {again}")
-            sys.exit(128 + number)
-        interrupts.append(number)
-
-    interrupts, again = [], f"python {METHOD}.py --resume {run}"
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        for network in (*model.semantic.values(), *model.specific.values(), *model.decoder.values()):
+            network.compile(dynamic=False)
+    # ============================================================================================================= MICU
+    networks["jigsaw"] = make_jigsaw(len(shape), args).to(device)
+    generators = {name: run.generator(name) for name in ("reset", "mask", "jigsaw")}
+    more_state = {}
+    # ====================================================================================================== end of MICU
+    optimizer = torch.optim.Adam(networks.parameters(), lr=args.learning_rate, fused=True)
+    step = run.restore(features, shape, generators, networks=networks, optimizer=optimizer, **more_state)
+    evaluate = partial(plan.evaluate, model, encode, args.codebook_size)
 
     # ---- training
-    bar = tqdm(total=steps, initial=step, desc=METHOD, disable=not sys.stdout.isatty() or RANK > 0,
-               dynamic_ncols=True)
-    modules.train()
-    clock, last_clock, last_step = time.perf_counter() - seconds.get("train", 0.0), time.perf_counter(), step
-    while step < steps:
-        epoch, start = divmod(step, len(batches))
-        for batch in batches.epoch(epoch, start):
-            with autocast():
-                z = {m: model.semantic[m](x) for m, x in batch.items()}  # {m: (B, T, D)}
-            z = {m: v.float() for m, v in z.items()}
-            if step == 0 and args.codebook_init == "data":
-                model.quantizer.start(z, streams["reset"])
-            quantized, code_index = model.quantizer(z)
-            with autocast():
-                specific = {m: model.specific[m](x) for m, x in batch.items()}
-                decoded = {m: model.decoder[m](quantized[m], specific[m]) for m in batch}
-            losses = {"recon": sum(F.mse_loss(decoded[m].float(), x) for m, x in batch.items())}
-            losses["commitment"] = commitment_loss(z, code_index, model.quantizer.codebook)  # METHOD
-            mask = draw_masks(z, args, streams["mask"])  # METHOD
-            losses["fcmi_fine"], losses["fcmi_coarse"] = fcmi_loss(z, mask, args.temperature, args.similarity)  # METHOD
-            if args.jigsaw != "none":  # METHOD
-                with autocast():  # METHOD
-                    losses["cujp"] = modules["jigsaw"](quantized, streams["puzzle"])  # METHOD
-            loss = sum(loss_weights[name] * value for name, value in losses.items())
+    networks.train()
+    for batch in run.progress(batches, evaluate):  # {m: (B, T, ...)}, under torchrun the clips of this process
+        # Encode. From here on z holds the clips of all processes: losses and codebook see the whole batch.
+        with autocast():
+            z = {m: model.semantic[m](x) for m, x in batch.items()}
+        z = {m: all_gather(v.float()) for m, v in z.items()}  # {m: (B, T, D)}
 
-            optimizer.zero_grad()
-            loss.backward()
-            average_gradients(modules)
-            grad_norm = nn.utils.clip_grad_norm_(modules.parameters(), 0.5)
-            optimizer.step()
-            with torch.no_grad():
-                vectors = z if args.mm_ema == "none" else time_aligned(z)  # METHOD
-                model.quantizer.update(z, code_index, vectors, streams["reset"])
-            step += 1
-            bar.update()
+        # Quantise: the codes of all clips, and those of this process's clips for what is computed clip by clip.
+        if step == 0 and args.codebook_init == "data":
+            model.quantizer.init_from_batch(z, generators["reset"])
+        quantized, code_index = model.quantizer(z)  # {m: (B, T, width)}, {m: (B, T)}
+        own = {m: local_rows(q) for m, q in quantized.items()}
 
-            epoch_end = step % len(batches) == 0
-            logs = step % args.log_every == 0 or epoch_end
-            asked = any_process_signalled(interrupts, logs or device.type == "cpu")  # all processes stop at one step
-            stop = asked or step >= (args.stop_after_steps or math.inf)
-            if (logs or stop) and not (loss + grad_norm).isfinite():
-                values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
-                raise InputError(f"not finite at step {step}: loss {loss.item():.3g}, gradient {grad_norm.item():.3g}, "
-                                 f"{values}; last good checkpoint: {run}/checkpoint.pt"
-                                 f"{'' if (run / 'checkpoint.pt').exists() else ' (none yet)'}; try a smaller "
-                                 "--learning-rate, and python data.py check on the data")
-            if logs:
-                tags = {f"losses/{name}": value for name, value in losses.items()} | {"losses/total": loss}
-                tags |= codebook_health(model.quantizer, code_index) | {"charts/grad_norm": grad_norm}
-                values = all_reduce_sum(torch.stack([v.detach().float() for v in tags.values()])) / WORLD_SIZE
-                tags = dict(zip(tags, values.tolist()))
-                elapsed = time.perf_counter() - last_clock
-                tags["charts/epoch"] = step / len(batches)
-                tags["charts/clips_per_second"] = args.batch_size * (step - last_step) / elapsed
-                if RANK == 0:
-                    log(tags, step)
-                used = "/".join(f"{tags[f'codebook/used_{m}']:.0f}" for m in modalities)
-                bar.set_postfix_str(f"loss {tags['losses/total']:.2f}, codes {used}, agreement "
-                                    f"{tags['codebook/agreement']:.2f}")
-                model.quantizer.usage.zero_()
-                model.quantizer.resets.zero_()
-                last_clock, last_step = time.perf_counter(), step
-            if stop or epoch_end:
-                seconds["train"] = time.perf_counter() - clock
-                if RANK == 0:
-                    save_checkpoint(step)
-            if args.eval_every and step % (args.eval_every * len(batches)) == 0 and step < steps and RANK == 0:
-                before = time.perf_counter()
-                evaluate(step)
-                pause = time.perf_counter() - before
-                clock, last_clock = clock + pause, last_clock + pause
-            if stop:
-                if RANK == 0:
-                    print(f"stopped after step {step} of {steps}, checkpoint saved; continue with: {again}")
-                sys.exit(128 + asked[0] if asked else 0)
-    bar.close()
-    if RANK:
-        sys.exit()
+        # Reconstruct the features from the code and a modality-specific part.
+        with autocast():
+            specific = {m: model.specific[m](x) for m, x in batch.items()}
+            decoded = {m: model.decoder[m](own[m], specific[m]) for m in batch}
+        recon = sum(F.mse_loss(decoded[m].float(), x) for m, x in batch.items())
 
-    # ---- final probes, results
-    clock = time.perf_counter()
-    tags, selections = evaluate(step)
-    seconds["probe"] = time.perf_counter() - clock
-    probes.show_codebook(writer, model.quantizer.codebook, selections, step)
-    writer.close()
-    on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    results = {
-        "method": METHOD, "data": features.name, **origin, "seed": args.seed, "args": asdict(args),
-        "torch": torch.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "seconds": seconds, "steps": step, "peak_memory_mb": peak, "metrics": tags}
-    write_atomically(run / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
-    print(probes.table(tags))
-    print(f"run folder: {run}")
+        # ========================================================================================================= MICU
+        commitment = commitment_loss(z, code_index, model.quantizer.codebook)  # Eq. 7, right
+        mask = draw_mask(z, args, generators["mask"])
+        fine, coarse = fcmi_loss(z, mask, args.temperature, args.similarity)  # Eq. 4, Eq. 5
+        modality, permutation = draw_puzzles(code_index, networks["jigsaw"], args, generators["jigsaw"])
+        with autocast():
+            cujp = networks["jigsaw"](own, local_rows(modality), local_rows(permutation))
+        # Eq. 8; lambda_1 is split in two, lambda_3 and lambda_4 are 1
+        loss = recon + commitment + args.lambda_fine * fine + args.lambda_coarse * coarse + args.lambda_cujp * cujp
+        losses = {"recon": recon, "commitment": commitment, "fcmi_fine": fine, "fcmi_coarse": coarse, "cujp": cujp}
+        ema_input = time_aligned(z) if args.mm_ema else z
+        charts = lambda: probes.codebook_health(model.quantizer, code_index)
+        # ================================================================================================== end of MICU
+
+        # Update the networks by gradient, then the codebook by moving averages; processes stay equal by averaging.
+        optimizer.zero_grad()
+        loss.backward()
+        average_over_processes(p.grad for p in networks.parameters())
+        grad_norm = nn.utils.clip_grad_norm_(networks.parameters(), 0.5)
+        optimizer.step()
+        model.quantizer.update(z, code_index, ema_input, generators["reset"])
+        average_over_processes(model.quantizer.buffers())
+        step += 1
+
+        run.log(step, losses | {"total": loss}, lambda: {**charts(), "charts/grad_norm": grad_norm})
+        if run.checkpoint(step):
+            sys.exit(run.exit_code)
+
+    # ---- evaluation
+    if RANK == 0:
+        tags, selections = evaluate()
+        pictures.show_codebook(run.writer, model.quantizer.codebook, selections, step, probes.SHARE)
+        run.finish(step, tags)
+        print(f"{probes.table(tags)}\nrun folder: {run.folder}")

@@ -1,20 +1,37 @@
-"""What must merely work, once for all scripts: errors of the user in one line, devices, files, several processes.
+"""What must merely work, once for the three scripts: errors in one line, devices, processes, settings, and `Run`.
 
-This module knows nothing of features and methods.
+Nothing here knows of features, networks or losses. Under torchrun every process holds some clips of each batch; the few
+collectives let all of them act as one.
 """
 import atexit
 import ctypes
+import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Optional
 
 import torch
 import torch.distributed as dist
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+# What may differ from the run that is resumed: where and how far it goes, not what it is.
+FREE = ("resume", "max_steps", "epochs", "data", "device", "runs_dir", "features_on", "compile")
 
 
+# -------------------------------------------------------------------------------------------------------------- errors
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what is wrong, and what to do."""
 
@@ -33,8 +50,8 @@ def explain_input_errors(kind, error, traceback):
               file=sys.__stderr__, flush=True)
         os._exit(2)  # the others cannot be waited for
     if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        kind, error = InputError, f"{first_line(error)}; try a smaller --batch-size, or --features-on file"
-    if not issubclass(kind, InputError):
+        error = InputError(f"{first_line(error)}; try a smaller --batch-size, or --features-on file")
+    if not isinstance(error, InputError):
         return sys.__excepthook__(kind, error, traceback)
     print(f"error: {error}", file=sys.__stderr__)  # torch.distributed catches what a hook writes to sys.stderr
     sys.exit(2)
@@ -46,39 +63,55 @@ def require_shape(name: str, tensor, shape: tuple) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
+# --------------------------------------------------------------------------------------------------- machine and files
 def pick_device(name: str) -> torch.device:
     """`auto` or a torch device name -> device. Raises InputError if it does not exist here."""
+    if WORLD_SIZE > 1 and name.startswith("cuda:"):
+        raise InputError(f"--device {name}: of several processes each takes its own GPU; give --device cuda")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if WORLD_SIZE > 1 and name.startswith("cuda:"):
-            raise InputError(f"--device {name}: of several processes each takes its own GPU; give --device cuda")
-        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        name = own if name == "cuda" or name == "auto" and torch.cuda.is_available() else name
-        device = torch.device("cpu" if name == "auto" else name)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if device.type == "cpu" and sys.platform == "linux":
-            keep_freed_memory()
-        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name}: not available here ({first_line(error)}); try --device auto")
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: every step takes the same sizes, and new pages cost a tenth of its time."""
-    if hasattr(ctypes.CDLL(None), "mallopt"):
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # Let glibc keep what is freed: every step takes the same sizes, and new pages cost a tenth of its time.
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no pages of their own for large blocks, which go when freed
+    return device
+
+
+def peak_memory_mb(device: torch.device):
+    """The most memory this process held, in MiB: on a GPU what tensors took there; None where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        return None
+    return getrusage(RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB here
 
 
 def write_atomically(path: Path, save) -> None:
     """`save(temporary path)`, then rename: a program killed at any point leaves the old file or the whole new one."""
     temporary = path.with_suffix(".tmp")
-    save(temporary)
-    os.replace(temporary, path)
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    """`write_atomically` of a value as JSON"""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
 
 
 def git_commit() -> str:
+    """The commit of this code, with `-dirty` if files differ from it; `unknown` outside a repository."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
@@ -87,19 +120,8 @@ def git_commit() -> str:
 
 
 # --------------------------------------------------------------------------------------------------- several processes
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
-
-
-def init_distributed(device: torch.device) -> None:
-    """Under torchrun, connect the processes. Each takes its share of every batch, clips in the order of ranks."""
-    if WORLD_SIZE > 1:
-        patience = timedelta(days=1)  # while the first process hashes the data or probes
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-        atexit.register(dist.destroy_process_group)
-
-
-class Gather(torch.autograd.Function):
-    """(n, ...) of each process -> (N, ...) of all of them. Backward: the sum of what all made of this one's part."""
+class AllGather(torch.autograd.Function):
+    """(n, ...) of each process -> (N, ...) of all. Backward: the sum of what all processes made of this one's rows."""
 
     @staticmethod
     def forward(ctx, x):
@@ -109,33 +131,32 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return local_rows(all_reduce_sum(gradient.clone(memory_format=torch.contiguous_format)))
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return local_rows(gradient)
 
 
-def all_gather(x, dim: int = 0):
-    """The clips of all processes, along `dim`; with gradients. Alone, x itself."""
-    return Gather.apply(x.movedim(dim, 0)).movedim(0, dim) if WORLD_SIZE > 1 else x
-
-
-def all_reduce_sum(x):
-    """The sum over all processes, in place."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(x)
-    return x
+def all_gather(x):
+    """The rows of all processes in the order of ranks, with gradients; alone, x itself. A loss that all processes
+    compute alike gives W times its gradient, which `average_over_processes` makes right."""
+    return AllGather.apply(x) if WORLD_SIZE > 1 else x
 
 
 def local_rows(x):
-    """This process's part of something about all clips."""
+    """This process's rows of something about the whole batch, (N, ...) -> (n, ...)"""
     return x.chunk(WORLD_SIZE)[RANK]
 
 
-def average_gradients(modules) -> None:
-    """Each process's loss is the mean over its own clips; averaged, the gradients are those of the mean over all."""
-    gradients = [p.grad for p in modules.parameters() if p.grad is not None] if WORLD_SIZE > 1 else []
-    if gradients:
-        flat = all_reduce_sum(torch.cat([g.flatten() for g in gradients])) / WORLD_SIZE
-        for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-            g.copy_(part.view_as(g))
+@torch.no_grad()
+def average_over_processes(tensors) -> None:
+    """Replace tensors that every process holds by their mean, in place and in one exchange. Of gradients: those of a
+    process's own clips become those of all, those of gathered rows lose the factor W of `all_gather`."""
+    tensors = [t for t in tensors if t is not None]
+    if WORLD_SIZE > 1 and tensors:
+        mean = torch.cat([t.flatten().float() for t in tensors]) / WORLD_SIZE
+        dist.all_reduce(mean)
+        for t, part in zip(tensors, mean.split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))
 
 
 def all_gather_object(value) -> list:
@@ -146,6 +167,255 @@ def all_gather_object(value) -> list:
     return values
 
 
-def any_process_signalled(signals: list, now: bool) -> list:
-    """The signals that any process got, told to all of them `now`; alone, one's own at any time."""
-    return signals if WORLD_SIZE == 1 else sum(all_gather_object(list(signals)), []) if now else []
+# ------------------------------------------------------------------------------------------------------------ settings
+@dataclass
+class Running:
+    seed: int = 1  # of weights, batches and all other random numbers
+    device: str = "auto"  # `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`
+    runs_dir: str = "runs"  # where run folders and composed data go
+    resume: Optional[str] = None  # run folder to continue; its settings are taken over, --epochs may be raised
+    eval_every: int = 0  # probe every so many epochs besides the end; 0: at the end only
+    log_every: int = 10  # steps between log lines
+    max_steps: Optional[int] = None  # save a checkpoint after this many steps of the run and stop, as Ctrl-C does
+
+
+def parse(Args, description: str = "", default=None):
+    """The command line as an Args, over `default`. Args inherits from smaller dataclasses: groups of flags in --help,
+    of which the last comes first."""
+    kinds, before = list(reversed(Args.__bases__)), default or Args()
+    Groups = make_dataclass("Groups", [(kind.__name__.lower(), kind) for kind in kinds])
+    groups = Groups(*(kind(**{field.name: getattr(before, field.name) for field in fields(kind)}) for kind in kinds))
+    groups = tyro.cli(Groups, default=groups, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    return Args(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})
+
+
+def check_numbers(args, above_zero: tuple, below_one: tuple = (), at_most_one: tuple = ()) -> None:
+    """Raise InputError unless these are above 0, these in [0, 1), these in [0, 1], and no other number is negative."""
+    for name, value in vars(args).items():
+        wrong = None
+        if not isinstance(value, (int, float)):
+            continue
+        if name in (*above_zero, "log_every", "max_steps") and not value > 0:
+            wrong = "must be above 0"
+        elif name in below_one and not 0 <= value < 1:
+            wrong = "must be in [0, 1)"
+        elif name in at_most_one and not 0 <= value <= 1:
+            wrong = "must be in [0, 1]"
+        elif not value >= 0:
+            wrong = "must not be negative"
+        elif name == "seed" and value >= 2**32:
+            wrong = "must be below 2^32"
+        if wrong:
+            raise InputError(f"--{name.replace('_', '-')} {value}: {wrong}")
+
+
+def resumed(method: str, args, schedules: tuple):
+    """(settings, checkpoint) of the run `args.resume`: its own settings, the command line over them. Raises InputError
+    if the folder holds no such run, if it is complete, or if a setting differs that may not."""
+    path, Args = Path(args.resume) / "checkpoint.pt", type(args)
+    if not path.is_file():
+        raise InputError(f"--resume {args.resume}: no checkpoint.pt inside; give a run folder")
+    try:
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        if state["method"] != method:
+            raise ValueError(f"but of {state['method']}.py")
+        saved = Args(**state["args"])
+    except Exception as error:  # whatever is wrong with the file, the user needs one line
+        raise InputError(f"{path}: not a checkpoint of {method}.py ({first_line(error)})")
+    given = parse(Args, default=saved)
+    given.max_steps = args.max_steps  # the limit of an earlier call has been reached
+    longer = given.epochs > saved.epochs
+    for name, value in vars(given).items():
+        flag, before = f"--{name.replace('_', '-')} {value}", getattr(saved, name)
+        if name not in FREE and value != before or name == "epochs" and value < before:
+            raise InputError(f"{flag}: the run was started with {before}; a resumed run keeps its settings, only "
+                             "--epochs may be raised")
+        if name in schedules and value and longer:
+            raise InputError(f"--epochs {given.epochs}: {flag} spreads over the {saved.epochs} epochs that the run was "
+                             "started with")
+    if path.with_name("results.json").exists() and not longer:
+        raise InputError(f"--resume {args.resume}: this run is complete, see its results.json; more --epochs train on")
+    return given, state
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+class Run:
+    """One run of a script: its folder, settings, device, seeds, signals, log, checkpoints and results.
+
+    `schedules` names arguments that, unless 0, spread something over the steps of the whole run: it cannot be resumed
+    for more epochs then. The other keywords are those of `check_numbers`."""
+
+    def __init__(self, method: str, args, schedules: tuple = (), **limits):
+        sys.excepthook = explain_input_errors
+        self.method, self.saved, self.signals, self.exit_code = method, None, [], 0
+        self.started_at = time.perf_counter()
+        if args.resume:
+            args, self.saved = resumed(method, args, schedules)
+        check_numbers(args, **limits)
+        self.args, self.device = args, pick_device(args.device)
+        if WORLD_SIZE > 1:
+            patience = timedelta(days=1)  # while the first process hashes the data or probes
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=patience)
+            atexit.register(dist.destroy_process_group)
+        torch.manual_seed(args.seed)
+
+    def generator(self, name: str, device=None) -> torch.Generator:
+        """Random numbers for one part of the method: what other parts draw, or leave out, does not change them."""
+        seed = zlib.crc32(f"{name} {self.args.seed}".encode())
+        return torch.Generator(device or self.device).manual_seed(seed)
+
+    def restore(self, data, shape: dict, generators: dict, **stateful) -> int:
+        """Open the run folder -> the step to go on from: 0, or on resume that of the checkpoint, with all of `stateful`
+        and `generators` as they were then, to the bit. `data` are Features, `shape` is kept for the probes."""
+        self.data_name, self.shape, self.generators, self.stateful = data.name, shape, generators, stateful
+        sha256 = all_gather_object(data.sha256() if RANK == 0 else None)[0]
+        self.provenance = {"git": git_commit(), "resumed_at": [], "data_sha256": sha256}
+        self.step, self.seconds = 0, {"data": time.perf_counter() - self.started_at, "train": 0.0, "probe": 0.0}
+        torch.manual_seed(self.args.seed)  # dropout draws the same whatever the method built
+        if self.saved:
+            self._load(self.saved, f"{self.args.resume}/checkpoint.pt")
+        if RANK:
+            torch.manual_seed(self.args.seed + 1_000_003 * RANK + self.step)  # dropout differs between processes
+        self.folder = all_gather_object(self._open_folder() if RANK == 0 else None)[0]
+        self.resume_command = f"python {self.method}.py --resume {self.folder}"
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        return self.step
+
+    def _load(self, saved: dict, path: str) -> None:
+        if saved["data_sha256"] != self.provenance["data_sha256"]:
+            raise InputError(f"{path}: the data changed since this run was started")
+        try:
+            for name, owner in self.stateful.items():
+                owner.load_state_dict(saved[name])
+            for name, generator in self.generators.items():
+                generator.set_state(saved["rng"][name])
+            torch.set_rng_state(saved["rng"]["cpu"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)
+            self.step, self.seconds = saved["step"], self.seconds | saved["seconds"]
+            commits = [*saved["resumed_at"], self.provenance["git"]]
+            self.provenance |= {"git": saved["git"], "resumed_at": commits}
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise InputError(f"{path} does not fit these settings or this kind of device: {reason}")
+
+    def _open_folder(self) -> Path:
+        """A new folder, or the one to resume: its log loses the lines that were written after the checkpoint."""
+        stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 1000 % 1_000_000:06d}"  # to the microsecond
+        data_name = re.sub(r"[^\w.-]", "-", self.data_name)
+        name = f"{self.method}__{data_name}__{self.args.seed}__{stamp}"
+        folder = Path(self.args.resume or Path(self.args.runs_dir) / name)
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(self.args.resume))
+        except OSError as error:
+            raise InputError(f"--runs-dir {self.args.runs_dir}: cannot be written ({error.strerror})")
+        write_json(folder / "args.json", asdict(self.args))
+        self.log_file = folder / "metrics.jsonl"
+        lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
+        kept = [f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        write_atomically(self.log_file, lambda temporary: temporary.write_text("".join(kept)))
+        self.writer = SummaryWriter(str(folder), purge_step=self.step + 1 if self.saved else None)
+        return folder
+
+    def _on_signal(self, number, frame) -> None:
+        """The first signal ends the run after this step; a second one, or one after training, at once."""
+        if self.signals and WORLD_SIZE == 1 or self.step == self.num_steps:
+            print(f"stopped at once, the last checkpoint stays; continue with: {self.resume_command}")
+            sys.exit(128 + number)
+        self.signals.append(number)
+
+    def progress(self, batches, evaluate):
+        """The batches of the steps that are left; `evaluate()` -> (tags, ...) is for --eval-every."""
+        self.epoch_steps, self.num_steps = len(batches), self.args.epochs * len(batches)
+        self.logged_seconds, self.logged_step = self.seconds["train"], self.step
+        self.evaluate = evaluate
+        hidden = not sys.stdout.isatty() or RANK > 0
+        with tqdm(total=self.num_steps, initial=self.step, desc=self.method, disable=hidden, dynamic_ncols=True) as bar:
+            self.bar, self.clock = bar, time.perf_counter()
+            for batch in batches.stream(self.step, self.num_steps):
+                yield batch
+                self._count_time("train")
+
+    def _count_time(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] += now - self.clock
+        self.clock = now
+
+    def log(self, step: int, losses: dict, charts) -> None:
+        """After every step: `losses` {name: tensor ()}; `charts()` -> {tag: tensor ()} is called when a line is due.
+
+        Raises InputError naming the last good checkpoint if a loss is not finite. Reading the numbers is the only time
+        at which the host waits for the device."""
+        self.step, self.losses = step, losses
+        self.bar.update()
+        if step % self.args.log_every and step % self.epoch_steps:
+            return
+        tags = {f"losses/{name}": value for name, value in losses.items()} | charts()
+        mean = torch.stack([value.detach().float() for value in tags.values()])
+        average_over_processes([mean])
+        tags = dict(zip(tags, mean.tolist()))
+        self._require_finite(tags)
+        rate = self.args.batch_size * (step - self.logged_step) / max(self.seconds["train"] - self.logged_seconds, 1e-9)
+        tags |= {"charts/epoch": step / self.epoch_steps, "charts/clips_per_second": rate}
+        self.logged_seconds, self.logged_step = self.seconds["train"], step
+        self.bar.set_postfix_str(f"loss {tags['losses/total']:.2f}, agreement {tags['codebook/agreement']:.2f}")
+        if RANK == 0:
+            self._write(step, tags)
+
+    def _require_finite(self, values: dict) -> None:
+        if not all(map(math.isfinite, values.values())):
+            last = self.folder / "checkpoint.pt"
+            found = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if "codebook" not in name)
+            raise InputError(f"not finite at step {self.step}: {found}; last good checkpoint: {last}"
+                             f"{'' if last.exists() else ' (none yet)'}; try a smaller --learning-rate, and "
+                             "python data.py check on the data")
+
+    def _write(self, step: int, tags: dict) -> None:
+        with open(self.log_file, "a") as stream:
+            stream.write(json.dumps({"step": step, **tags}) + "\n")
+        for tag, value in tags.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def checkpoint(self, step: int) -> bool:
+        """Save at the end of an epoch, and when a signal to any process or --max-steps asks to stop -> stop?
+
+        Then, every --eval-every epochs, probe."""
+        epoch_end = step % self.epoch_steps == 0
+        if self.device.type == "cpu" or epoch_end or step % self.args.log_every == 0:  # all processes at one step
+            told = sum(all_gather_object(self.signals), [])
+            self.exit_code = 128 + told[0] if told else 0
+        stop = self.exit_code > 0 or step >= (self.args.max_steps or math.inf)
+        if stop or epoch_end:
+            self._require_finite({name: value.item() for name, value in self.losses.items()})
+            if RANK == 0:
+                write_atomically(self.folder / "checkpoint.pt", partial(torch.save, self._state()))
+        every = self.args.eval_every * self.epoch_steps
+        if every and step % every == 0 and step < self.num_steps and RANK == 0:
+            self._count_time("train")
+            self._write(step, self.evaluate()[0])
+            self._count_time("probe")
+        if stop and RANK == 0:
+            print(f"stopped after step {step} of {self.num_steps}, checkpoint saved; continue with: "
+                  f"{self.resume_command}")
+        return stop
+
+    def _state(self) -> dict:
+        rng = {name: generator.get_state() for name, generator in self.generators.items()}
+        rng["cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {"method": self.method, "args": asdict(self.args), "shape": self.shape, "step": self.step,
+                "epoch": self.step // self.epoch_steps, "rng": rng, "seconds": self.seconds, **self.provenance,
+                **{name: owner.state_dict() for name, owner in self.stateful.items()}}
+
+    def finish(self, step: int, tags: dict) -> None:
+        """Log the tags of the final probes and write results.json."""
+        self._write(step, tags)
+        self.writer.close()
+        self._count_time("probe")
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        write_json(self.folder / "results.json", {
+            "method": self.method, "data": self.data_name, **self.provenance, "seed": self.args.seed,
+            "args": asdict(self.args), "torch": torch.__version__, "device": name, "seconds": self.seconds,
+            "steps": step, "peak_memory_mb": peak_memory_mb(self.device), "metrics": tags})

@@ -1,7 +1,7 @@
 """Does each part earn its place? Runs the rows below as a user would and collects their results.json.
 
-    python benchmarks/ablations.py micu                       # run what is missing, write benchmarks/micu.json
-    python benchmarks/ablations.py micu --jobs 2 --threads 1  # two runs at a time, one thread each
+    python -m benchmarks.ablations micu                       # run what is missing, write benchmarks/micu.json
+    python -m benchmarks.ablations micu --jobs 2 --threads 1  # two runs at a time, one thread each
 
 Every number is from the `clean` protocol on the embedded digits: pairs are made by class there, so the rows compare
 with each other and with nothing else.
@@ -22,15 +22,15 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 UNI_CODE = {  # rows of Uni-Code's Tables 1 to 3: flags
     "full method": "",
-    "no CLUB": "--no-club",
+    "no CLUB": "--lambda-club 0",
     "no CPC": "--no-cpc",
-    "no CLUB, no CPC": "--no-club --no-cpc",
+    "no CLUB, no CPC": "--lambda-club 0 --no-cpc",
     "no MM-EMA": "--mm-ema none",
-    "no reset": "--no-reset",
+    "no reset": "--reset-after 0",
     "no code matching": "--no-cmcm",
-    "no MM-EMA, no reset": "--mm-ema none --no-reset",
-    "Baseline": "--no-club --no-cpc --no-cmcm --mm-ema none --no-teacher --no-reset",
-    "CMCM": "--no-club --no-cpc --mm-ema none --no-teacher --no-reset",
+    "no MM-EMA, no reset": "--mm-ema none --reset-after 0",
+    "Baseline": "--lambda-club 0 --no-cpc --no-cmcm --mm-ema none --no-teacher --reset-after 0",
+    "CMCM": "--lambda-club 0 --no-cpc --mm-ema none --no-teacher --reset-after 0",
 }
 CODAAR = {  # rows of CoDAAR's Tables 5 and 6: flags
     "full method": "",
@@ -46,7 +46,7 @@ ROWS = {  # method: {row: (flags, seeds)}
         "bf16": ("--precision bf16", 3),
         "no coarse": ("--lambda-coarse 0", 3),
         "no fine": ("--lambda-fine 0", 3),
-        "no jigsaw": ("--jigsaw none", 3),
+        "no jigsaw": ("--lambda-cujp 0", 3),
         "MMJP, 24 parts": ("--jigsaw mmjp", 3),
         "paper's similarity": ("--similarity dot --temperature 1.0", 3),
         "2 splits": ("--cujp-splits 2", 1),
@@ -57,10 +57,10 @@ ROWS = {  # method: {row: (flags, seeds)}
         "256 codes": ("--codebook-size 256", 1),
         "800 codes": ("--codebook-size 800", 1),
         "audio and video": ("--modalities audio video", 1),
-        "blunt attention": ("--pool-sharpness 1", 1),
+        "blunt attention": ("--spatial-pool paper", 1),
         "sum pooling": ("--spatial-pool sum", 1),
         "unused resets": ("--reset-rule unused", 1),
-        "released recipe": ("--similarity cosine --temperature 0.1 --mask-axis time --mm-ema time-aligned "
+        "released recipe": ("--similarity cosine --temperature 0.1 --mask-axis time --mm-ema "
                             "--lambda-cujp 1 --cujp-splits 2 --spatial-pool sum --reset-rule unused "
                             "--reset-source live --reset-after 300 --codebook-init uniform", 1),
         "64 codes": ("--codebook-size 64", 1),
@@ -70,7 +70,7 @@ ROWS = {  # method: {row: (flags, seeds)}
         "bf16": ("--precision bf16", 3),
         **{f"AV, {name}": (f"--modalities audio video {flags}", 1 if flags else 3) for name, flags in UNI_CODE.items()},
         "released commitment": ("--commitment-cost 0.25 --commitment-warmup 0", 1),
-        "released commitment, no reset": ("--commitment-cost 0.25 --commitment-warmup 0 --no-reset", 1),
+        "released commitment, no reset": ("--commitment-cost 0.25 --commitment-warmup 0 --reset-after 0", 1),
         "paper's CLUB weight": ("--lambda-club 1", 1),
         "commitment summed over D": ("--commitment-cost 64 --commitment-warmup 0", 1),
         "sum pooling": ("--spatial-pool sum", 1),
@@ -103,7 +103,7 @@ COLUMNS = ["classification/v2a/acc", "classification/a2v/acc", "classification/t
 
 def run(command: str, runs_dir: Path, threads: int) -> dict:
     """One run -> its results.json and the last line of its training log"""
-    arguments = [sys.executable, *shlex.split(command)[1:], "--protocol", "clean", "--runs-dir", str(runs_dir)]
+    arguments = [sys.executable, *shlex.split(command)[1:], "--runs-dir", str(runs_dir)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -120,7 +120,7 @@ def main(method: tyro.conf.Positional[Literal[tuple(ROWS)]], jobs: int = 1, thre
 
     def one(name: str, seed: int) -> None:
         flags = ROWS[method][name][0]
-        row = rows.setdefault(name, {"command": f"python {method}.py {flags} --protocol clean --seed S", "seeds": {}})
+        row = rows.setdefault(name, {"command": f"python {method}.py {flags} --seed S", "seeds": {}})
         if str(seed) not in row["seeds"]:
             result = run(f"python {method}.py {flags} --seed {seed}", runs_dir, threads) | {"threads": threads or None}
             keep = ("git", "data_sha256", "torch", "threads", "seconds", "peak_memory_mb", "metrics", "last_log")

@@ -1,6 +1,6 @@
 """Do two modalities choose the same index for the same segment? If not, do they choose one that means the same?
 
-    python benchmarks/agreement.py RUN [RUN ...]
+    python -m benchmarks.agreement RUN [RUN ...]
 
 For each pair of modalities, over the test segments in which both hold the clip's event and chose indices that such
 training segments chose as well, in percent:
@@ -11,16 +11,15 @@ groups agree more for that reason alone. Writes benchmarks/agreement.json.
 """
 import itertools
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import probes  # noqa: E402
-from data import Features, data_files, git_commit  # noqa: E402
+import probes
+from data import Features
+from run import git_commit
 
 GROUPS = (100, 50, 20, 10)
 
@@ -46,7 +45,7 @@ def agreement(a, b) -> tuple:
 
 def analyse(run: Path) -> dict:
     method, args, shape, model, _ = probes.load(run)
-    features = Features(data_files(args.data, args.runs_dir))
+    features = Features(args.data, args.runs_dir)
     every = probes.ProbeSet(features, features.classes, {}, "cpu")
     clips, code, event = {s: probes.Part(every, features.clips(s)).single().clips for s in ("train", "test")}, {}, {}
     for split, m in itertools.product(("train", "test"), shape):
@@ -80,7 +79,7 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
         raise SystemExit("give run folders of codaar.py")
     result = {run.name: analyse(run) for run in runs}
     out = Path(__file__).with_name("agreement.json")
-    out.write_text(json.dumps({"command": "python benchmarks/agreement.py RUN ...", "git": git_commit(),
+    out.write_text(json.dumps({"command": "python -m benchmarks.agreement RUN ...", "git": git_commit(),
                                "runs": result}, indent=1) + "\n")
     for name, found in result.items():
         print(f"\n{name}")

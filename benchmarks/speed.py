@@ -1,9 +1,9 @@
 """Milliseconds of a training step by part, clips a second, arithmetic and peak memory, of a script run as it is.
 
-    python benchmarks/speed.py                                            # all methods, digits shapes
-    python benchmarks/speed.py --shapes vggsound --precision bf16         # 10x7x7x512, 10x128, 10x768
-    python benchmarks/speed.py --method micu --features-on file --clips 4000     # read ahead from the file
-    python benchmarks/speed.py --method micu -- --cujp-samples 0          # flags of the script after --
+    python -m benchmarks.speed                                            # all methods, digits shapes
+    python -m benchmarks.speed --shapes vggsound --precision bf16         # 10x7x7x512, 10x128, 10x768
+    python -m benchmarks.speed --method micu --features-on file --clips 4000     # read ahead from the file
+    python -m benchmarks.speed --method micu -- --cujp-samples 0          # flags of the script after --
 
 The script's own main program runs on random features; around the functions and modules of its step lie stopwatches:
 device events on CUDA, which add no synchronisation, a wall clock on CPU. Median and quartiles over --steps steps after
@@ -15,7 +15,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -31,19 +30,18 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from data import git_commit, pick_device  # noqa: E402
+from data import Batches, Features
+from run import git_commit, peak_memory_mb, pick_device
 
 SHAPES = {"digits": {"audio": (10, 130), "video": (10, 7, 7, 64), "text": (10, 384)},
           "vggsound": {"audio": (10, 128), "video": (10, 7, 7, 512), "text": (10, 768)}}
-LARGE = {"micu": ["--cujp-samples", "0"]}  # what the scripts choose for 10,000 clips and more
 PARTS = {  # of a step: names in a script
     "encoders": ["SemanticEncoder"], "quantizer": ["Quantizer.forward", "AlignedQuantizer.forward"],
     "specific": ["SpecificEncoder"], "decoders": ["Decoder"],
     "commitment": ["commitment_loss", "teacher_commitment_loss", "row_commitment_loss"],
-    "fcmi": ["draw_masks", "fcmi_loss"], "cujp": ["CUJP", "MMJP"], "cpc": ["CrossModalCPC"], "cmcm": ["cmcm_loss"],
-    "club fit": ["CLUB.fit_loss"], "club": ["CLUB", "pool_specific"],
-    "ema": ["Quantizer.update", "AlignedQuantizer.update", "ema_vectors", "temporal_mix"]}
+    "fcmi": ["draw_mask", "fcmi_loss"], "cujp": ["CUJP", "MMJP"], "cpc": ["CrossModalCPC"], "cmcm": ["cmcm_loss"],
+    "club fit": ["fit_club"], "club": ["CLUB", "pool_specific"],
+    "ema": ["Quantizer.update", "AlignedQuantizer.update", "mm_ema_input", "temporal_mix"]}
 
 
 class Stopwatches:
@@ -177,7 +175,6 @@ def matrix_peak(device, dtype) -> float:
 
 def reading_alone(path: Path, batch_size: int) -> float:
     """Clips a second that the disk and the reader give without training, the page cache dropped where possible"""
-    from data import Batches, Features
     features = Features([path])
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(features.files[0].raw, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -202,23 +199,21 @@ def main(options: tyro.conf.Positional[tuple[str, ...]] = (), *,
             gc.collect()
             epochs = -(-(warmup + steps + 1) // ((clips or needed) // batch_size))
             flags = ["--data", str(path), "--runs-dir", folder, "--batch-size", str(batch_size), "--epochs",
-                     str(epochs), "--stop-after-steps", str(warmup + steps + 1), "--precision", precision, "--device",
+                     str(epochs), "--max-steps", str(warmup + steps + 1), "--precision", precision, "--device",
                      str(device), "--features-on", features_on, "--log-every", "1000000"]
-            flags += ["--compile"] * compile + (["--recon-width", "2", "--reset-after", "300", *LARGE.get(name, [])]
-                                                if shapes == "vggsound" else []) + list(options)
+            flags += ["--compile"] * compile + list(options)
             watch = run(name, device, warmup, steps, flags)
             rows = watch.rows()
             parts = {part: [round(q, 2) for q in statistics.quantiles([row.get(part, 0.0) for row in rows], n=4)]
                      for part in dict.fromkeys(part for row in rows for part in row)}
             median = parts["step"][1]
-            report = {"command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]), "method": name,
+            report = {"command": " ".join(["python -m benchmarks.speed", *sys.argv[1:]]), "method": name,
                       "git": git_commit(), "torch": torch.__version__, "threads": torch.get_num_threads(),
                       "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
                       platform.processor() or "cpu", "milliseconds": parts,
                       "clips_per_second": round(1e3 * batch_size / median, 1), "tflop": round(watch.flop / 1e12, 4),
                       "peak_tflops": round(peak, 3), "share_of_peak": round(watch.flop / 1e9 / median / peak, 3),
-                      "peak_memory_mb": round(torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda"
-                                              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+                      "peak_memory_mb": round(peak_memory_mb(device) or 0)}
             if features_on == "file":
                 report["reading_alone_clips_per_second"] = round(reading_alone(path, batch_size))
             reports.append(report)

@@ -216,7 +216,8 @@ def differences(path: Path, attributes: dict[str, str | int], datasets: dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("path", nargs="?", type=Path, default=Path(__file__).with_name("digits.h5"), help="default: %(default)s")
+    beside = Path(__file__).with_name("digits.h5")
+    parser.add_argument("path", nargs="?", type=Path, default=beside, help="default: %(default)s")
     parser.add_argument("--check", action="store_true", help="compare with the existing file instead of writing it")
     args = parser.parse_args()
     content = build()

@@ -1,4 +1,4 @@
-"""The released protocols, with their leaks: what the authors' scripts compute, for comparison only. Tags end in `_paper`.
+"""The released protocols, leaks and all: what the authors' scripts compute, for comparison only. Tags end in `_paper`.
 
     python -m official.protocol RUN [FILE ...]                classification and open set of a finished run
     python -m official.protocol RUN --tasks localization
@@ -8,23 +8,22 @@ Dropout stays on while the probe trains, the epoch (and the open-set threshold) 
 classification is scored on the very clips of the training split, in the other modality.
 """
 import itertools
-import json
 import sys
-from functools import lru_cache, partial
-from pathlib import Path
-from typing import Literal, Optional
+from functools import cache, partial
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 
-from data import Features, data_files
-from probes import (ClipProbe, ProbeSet, ProbeTraining, SegmentProbe, accuracy, annotated, check_request,
-                    class_names, direction, load, localized, numbered, open_set_metrics, ordered_pairs, parts_of,
-                    read_codes, segment_metrics, table, wanted_classes)
-from run import InputError, explain_input_errors, pick_device
+from data import Features
+from probes import (ClipProbe, Plan, ProbeTraining, SegmentProbe, accuracy, annotated, numbered, open_run,
+                    open_set_metrics, report, segment_metrics)
+from run import explain_input_errors, pick_device
 
-DROPOUT_DRAWS = 2  # encodings with dropout that the epochs of a `paper` probe take in turn; released: one an epoch
+DROPOUT_DRAWS = 2  # encodings with dropout that the epochs of a probe take in turn; released: one an epoch
 TASKS = ("classification", "localization", "open_set")  # of which the release has probes
 # The released probes' settings; `metric` picks the epoch, `widths` are those of the layers of the segment probe, D / n.
 # `_target`: tested on files of their own (UCF-51); `_across`: on another data set (UCF <-> VGG, AVE -> AVVP).
@@ -59,10 +58,14 @@ def paper_settings(method: str, pretraining_epochs: int) -> dict:
 
 def batch_segment_metrics(scores, target, batch_size: int) -> dict:
     """`segment_metrics` as released: of each mini-batch of clips, averaged with its size; F1 of the two averages."""
-    parts = [(segment_metrics(s, t), len(s)) for s, t in zip(scores.split(batch_size), target.split(batch_size))]
-    precision, recall = (sum(m[name] * n for m, n in parts) / len(scores) for name in ("precision", "recall"))
-    return {"precision": precision, "recall": recall,
-            "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0}
+    precision, recall = 0.0, 0.0
+    for score, true in zip(scores.split(batch_size), target.split(batch_size)):
+        batch = segment_metrics(score, true)
+        precision += batch["precision"] * len(score)
+        recall += batch["recall"] * len(score)
+    precision /= len(scores)
+    recall /= len(scores)
+    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(precision + recall, 1e-12)}
 
 
 def macro_precision(prediction, target, batch_size: int) -> float:
@@ -78,136 +81,169 @@ def best_threshold(confidence, prediction, target, num_known: int) -> dict:
     """The released sweep: of 10 evenly spaced thresholds from the least to the greatest confidence, the best HOS."""
     low, high = confidence.min().item(), confidence.max().item()
     sweep = [low + (high - low) * i / 9 for i in range(9)] + [high]
-    return max((open_set_metrics(confidence, prediction, target, num_known, t) for t in sweep), key=lambda r: r["hos"])
+    best = open_set_metrics(confidence, prediction, target, num_known, low)
+    for threshold in sweep[1:]:
+        found = open_set_metrics(confidence, prediction, target, num_known, threshold)
+        if found["hos"] > best["hos"]:
+            best = found
+    return best
 
 
-def evaluate(model, encode, features: Features, modalities: list, codebook_size: int, device, tasks: tuple,
-             known: tuple, paper: dict, target: Optional[Features] = None, class_map: tuple = ()) -> dict:
-    """The released probes of `tasks`, with the method's settings `paper` -> {tag: value}. As `probes.evaluate`."""
-    training, (classes, names) = model.training, class_names(features, target, class_map)
-    if target:  # the release has settings of their own for other lists and for other data sets
-        origin = [{file.h5.attrs.get("source") for file in side.files} for side in (features, target)]
-        kind = "target" if origin[0] == origin[1] else "across"
+class FadingSegmentProbe(SegmentProbe):
+    """The released probe of segments: its second loss fades with weights alpha (C + 1,) that it learns."""
+
+    def __init__(self, width: int, classes: int, widths: tuple):
+        super().__init__(width, classes, widths)
+        self.alpha = nn.Parameter(torch.full((classes + 1,), 0.1))
+
+    def loss(self, codes, target):
+        """target (B, T, C + 1): binary cross-entropy, less the mean of sum over c of y_c log softmax_c exp(-alpha_c)"""
+        logits = self(codes)
+        second = (target * logits.log_softmax(-1) * (-self.alpha).exp()).sum(-1).mean()
+        return F.binary_cross_entropy_with_logits(logits, target) - second
+
+
+def origins(features: Features) -> list:
+    """Which data set each file says it comes from."""
+    return [file.h5.attrs.get("source") for file in features.files]
+
+
+def evaluate(plan: Plan, model, encode, codebook_size: int, paper: dict) -> dict:
+    """The released probes of the plan's tasks, with the method's settings `paper` -> {tag: value}. The plan is one of
+    `every_clip`; as with `Plan.evaluate`, the model, its mode and the random state are left as they were."""
+    train, test = plan.parts["train"], plan.parts["test"]
+    if plan.own_target:  # the release has settings of their own for other lists and for other data sets
+        kind = "target" if origins(train.features) == origins(test.features) else "across"
         paper = {task: paper.get(f"{task}_{kind}", setting) for task, setting in paper.items()}
-    read = partial(read_codes, model, encode, codebook_size=codebook_size, device=device)
-    source = ProbeSet(features, classes, {}, device, read)
-    parts = parts_of(source, ProbeSet(target, classes, names, device, read) if target else None, every_clip=True)
-    present = [[m for m in modalities if m in part.features.modalities] for part in (parts["train"], parts["test"])]
-    pairs, tags = ordered_pairs(*present), {}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model.eval()
-
-        @lru_cache
-        def noisy(m):  # codes of the training clips with dropout on, as the released probes train
+    tags = {}
+    with plan.probing(model, encode, codebook_size) as read:
+        @cache
+        def noisy(modality):  # codes of the training clips with dropout on, as the released probes train
             torch.manual_seed(0)
             model.train()
-            draws = [read(features, m, parts["train"].clips) for _ in range(DROPOUT_DRAWS)]
+            draws = [read(train.features, modality, train.clips) for _ in range(DROPOUT_DRAWS)]
             model.eval()
             return draws
 
-        if wanted := wanted_classes(tasks, known, classes):
-            single = {name: part.single() for name, part in parts.items()}
-            keep = torch.from_numpy(np.isin(parts["train"].clips, single["train"].clips))
-            draws = {a: [draw[keep.to(device)] for draw in noisy(a)] for a, _ in pairs}
-            tags |= as_published(draws, single, wanted, pairs, modalities, paper)
-        if "localization" in tasks:
-            tags |= localization(noisy, parts, modalities, paper["localization"])
-        model.train(training)
+        if "classification" in plan.tasks:
+            tags |= classification(plan, noisy, paper["classification"])
+        if "open_set" in plan.tasks:
+            tags |= open_set(plan, noisy, paper["open_set"])
+        if "localization" in plan.tasks:
+            tags |= localization(plan, noisy, paper["localization"])
     return tags
 
 
-def as_published(noisy, parts, wanted, pairs, modalities, paper) -> dict:
-    """The released protocol with its leaks; noisy {m: [Codes]}, encodings of the training clips with dropout -> tags"""
-    tags, total = {}, len(parts["train"].of.classes)
-    # classification without a target of its own: the training clips in the other modality
-    own_target = parts["test"].of is not parts["train"].of
-    scored = {entry: parts["test" if own_target or entry else "train"] for entry in wanted}
-    scored = {entry: part if entry else part[(part.label < total).cpu()] for entry, part in scored.items()}
-    task = {entry: "open_set" if entry else "classification" for entry in wanted}
-    longest = max(paper[name]["epochs"] for name in task.values())
-    for source in dict.fromkeys(a for a, _ in pairs):
-        draws, runs = noisy[source], {}
-        label = {entry: numbered(numbers, parts["train"].label, total) for entry, numbers in wanted.items()}
-        for entry, numbers in wanted.items():
-            setting = paper[task[entry]]
-            probe = partial(ClipProbe, draws[0].rows.shape[-1], len(numbers))
-            runs[entry] = ProbeTraining(probe, label[entry].device, setting["learning_rate"], setting["batch_size"])
-        for epoch, (entry, run) in itertools.product(range(longest), runs.items()):
-            setting, known = paper[task[entry]], len(wanted[entry])
-            if epoch >= setting["epochs"]:
-                continue
-            keep = label[entry] < known
-            run.epoch(draws[epoch % len(draws)][keep], label[entry][keep])
-            true = numbered(wanted[entry], scored[entry].label, total)
-            for target in (b for a, b in pairs if a == source):
-                confidence, prediction = run.logits(scored[entry].codes(target)).softmax(-1).max(-1)
-                if entry:
-                    result = best_threshold(confidence, prediction, true, known)
-                elif setting["metric"] == "macro_precision":  # of batches as the released loader shuffles them
-                    order = torch.randperm(len(true), generator=torch.Generator().manual_seed(0)).to(true.device)
-                    result = {"macro_precision": macro_precision(prediction[order], true[order],
-                                                                 setting["batch_size"])}
+class BestEpoch:
+    """The leak: of each target modality, the figures of the epoch that has the best `metric` on the scored clips."""
+
+    def __init__(self, metric: str):
+        self.metric = metric
+        self.figures = {}
+
+    def add(self, target: str, figures: dict) -> None:
+        if target not in self.figures or figures[self.metric] > self.figures[target][self.metric]:
+            self.figures[target] = figures
+
+    def tags(self, plan: Plan, task: str, source: str) -> dict:
+        tags = {}
+        for target, figures in self.figures.items():
+            tags |= plan.tags(task, source, target, {f"{name}_paper": value for name, value in figures.items()})
+        return tags
+
+
+def clip_probe_epochs(plan: Plan, draws: list, numbers: list, setting: dict):
+    """Train a probe of whole clips on encodings `draws` [Codes] of the training clips, those with one event of a class
+    among `numbers`; gives it after every epoch."""
+    single = plan.single["train"]
+    is_single = np.isin(plan.parts["train"].clips, single.clips)
+    label = numbered(numbers, single.label, len(plan.classes))
+    known = label < len(numbers)
+    probe = partial(ClipProbe, draws[0].rows.shape[-1], len(numbers))
+    run = ProbeTraining(probe, label.device, setting["learning_rate"], setting["batch_size"])
+    for epoch in range(setting["epochs"]):
+        codes = draws[epoch % len(draws)][torch.from_numpy(is_single).to(label.device)]
+        run.epoch(codes[known], label[known])
+        yield run
+
+
+def classification(plan: Plan, noisy, setting: dict) -> dict:
+    """Scored on the target or, without one of its own, on the training clips in the other modality; noisy(m) [Codes]"""
+    tags, classes = {}, list(range(len(plan.classes)))
+    scored = plan.single["test" if plan.own_target else "train"]
+    scored = scored[(scored.label < len(classes)).cpu()]
+    # of batches as the released loader shuffles them
+    order = torch.randperm(len(scored), generator=torch.Generator().manual_seed(0)).to(plan.device)
+    for source, targets in plan.directions.items():
+        best = BestEpoch(setting["metric"])
+        for run in clip_probe_epochs(plan, noisy(source), classes, setting):
+            for target in targets:
+                prediction = run.logits(scored.codes(target)).softmax(-1).argmax(-1)
+                if setting["metric"] == "macro_precision":
+                    value = macro_precision(prediction[order], scored.label[order], setting["batch_size"])
                 else:
-                    result = {"acc": accuracy(prediction, true)["acc"]}
-                path = f"eval/{f'open_set_{entry}' if entry else 'classification'}"
-                path, goal = f"{path}/{direction(source, target, modalities)}", setting["metric"]
-                if result[goal] > tags.get(f"{path}/{goal}_paper", -1):  # the best epoch on the scored labels
-                    tags |= {f"{path}/{name}_paper": value for name, value in result.items()
-                             if name != "os_star_class_mean"}
+                    value = accuracy(prediction, scored.label)["acc"]
+                best.add(target, {setting["metric"]: value})
+        tags |= best.tags(plan, "classification", source)
     return tags
 
 
-def localization(noisy, parts, modalities, setting: dict) -> dict:
-    """A probe of every segment, its epoch chosen on the test clips; noisy(m) [Codes], parts {name: Part} -> tags"""
-    tags, own_target = {}, parts["test"].of is not parts["train"].of
-    pairs = ordered_pairs(*(localized(parts[name].features, modalities) for name in ("train", "test")))
-    for source in dict.fromkeys(a for a, _ in pairs):
-        part, event, keep = annotated(parts["train"], source, own_target)
-        width, classes = part.codes(source).rows.shape[-1], len(part.of.classes)
-        tests = {b: annotated(parts["test"], b, own_target)[:2] for a, b in pairs if a == source}
-        path = {b: f"eval/localization/{direction(source, b, modalities)}" for b in tests}
+def open_set(plan: Plan, noisy, setting: dict) -> dict:
+    """Threshold and epoch are those of the best HOS on the test clips; noisy(m) [Codes] -> tags"""
+    tags, scored = {}, plan.single["test"]
+    for (entry, numbers), (source, targets) in itertools.product(plan.known.items(), plan.directions.items()):
+        true = numbered(numbers, scored.label, len(plan.classes))
+        best = BestEpoch(setting["metric"])
+        for run in clip_probe_epochs(plan, noisy(source), numbers, setting):
+            for target in targets:
+                confidence, prediction = run.logits(scored.codes(target)).softmax(-1).max(-1)
+                found = best_threshold(confidence, prediction, true, len(numbers))
+                best.add(target, {name: found[name] for name in ("os_star", "unk", "hos")})
+        tags |= best.tags(plan, f"open_set_{entry}", source)
+    return tags
+
+
+def localization(plan: Plan, noisy, setting: dict) -> dict:
+    """A probe of every segment, its epoch chosen on the test clips; noisy(m) [Codes] -> tags"""
+    tags = {}
+    for source, targets in plan.event_directions.items():
+        _, event, keep = annotated(plan.parts["train"], source, plan.own_target)
         draws = [draw[torch.from_numpy(keep)] for draw in noisy(source)]
+        width = draws[0].rows.shape[-1]
         widths = [width // part for part in setting["widths"]]
-        run = ProbeTraining(partial(SegmentProbe, width, classes, widths, True), event.device,
+        run = ProbeTraining(partial(FadingSegmentProbe, width, len(plan.classes), widths), event.device,
                             setting["learning_rate"], setting["batch_size"])
+        run.clipped = list(run.probe.layers.parameters())  # not the fading weights
+        tests = {target: annotated(plan.parts["test"], target, plan.own_target)[:2] for target in targets}
+        best = BestEpoch(setting["metric"])
         for epoch in range(setting["epochs"]):
             run.epoch(draws[epoch % len(draws)], event)
             for target, (test, true) in tests.items():
-                result = batch_segment_metrics(run.logits(test.codes(target)).sigmoid(), true, setting["batch_size"])
-                if result[setting["metric"]] > tags.get(f"{path[target]}/{setting['metric']}_paper", -1):
-                    tags |= {f"{path[target]}/{name}_paper": value for name, value in result.items()}
+                score = run.logits(test.codes(target)).sigmoid()
+                best.add(target, batch_segment_metrics(score, true, setting["batch_size"]))
+        tags |= best.tags(plan, "localization", source)
     return tags
 
 
-def main(paths: tyro.conf.Positional[tuple[str, ...]], *,
-         tasks: tuple[Literal[TASKS], ...] = ("classification", "open_set"), known: tuple[str, ...] = (),
-         target: tuple[str, ...] = (), class_map: tuple[str, ...] = (), out: Optional[str] = None,
-         device: str = "auto") -> None:
+def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[TASKS], ...] = (),
+         known: tuple[str, ...] = (), target: tuple[str, ...] = (), class_map: tuple[str, ...] = (),
+         out: str | None = None, device: str = "auto") -> None:
     """Probe the model of RUN (a run folder or its checkpoint.pt) on FILE ... as published (default: the data it was
     trained on).
 
     Args:
         paths: RUN [FILE ...]
-        tasks: what is probed.
+        tasks: what is probed; default: classification and open_set, as far as there are labels.
         known: open-set tasks: a number of known first classes, or class numbers such as 0,2,4; default: half of them.
         target: files to test on, of clips, modalities and classes of their own; default: FILE ... itself.
         class_map: names of the target's classes that differ, each as "target's name=source's name".
         out: a JSON file for all figures.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`."""
-    if not paths:
-        raise InputError("give a run folder")
-    if out and not Path(out).resolve().parent.is_dir():
-        raise InputError(f"--out {out}: the folder does not exist")
-    run, *files = paths
-    method, args, shape, model, epochs = load(Path(run))
-    features, device = Features(data_files(files or args.data, args.runs_dir)), pick_device(device)
-    target = Features(data_files(target, args.runs_dir)) if target else None
-    check_request(features, shape, tasks, known, target, class_map, every_clip=True)
-    tags = evaluate(model.to(device), method.encode, features, list(shape), args.codebook_size, device, tasks, known,
-                    paper_settings(method.METHOD, epochs), target, class_map)
-    if out:
-        Path(out).write_text(json.dumps(tags, indent=1) + "\n")
-    print(table(tags))
+    (method, args, shape, model, epochs), source, target = open_run(paths, target, out)
+    device = pick_device(device)
+    plan = Plan(source, shape, device, tasks, known, target=target, class_map=class_map, every_clip=True)
+    settings = paper_settings(method.METHOD, epochs)
+    report(evaluate(plan, model.to(device), method.encode, args.codebook_size, settings), out)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,9 @@ import pytest
 import torch
 
 import data
-from probes import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"uni_code": "", "micu": "--cujp-samples 2", "codaar": ""}  # and what makes a tiny run of each one quick
-CLIPS = ("classification", "open_set")  # the tasks of a default run
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +43,9 @@ def tiny(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def default_runs(small, tmp_path_factory) -> dict:
-    """One epoch, four steps, of all modalities with both protocols, for each script; MICU with every task."""
+    """One epoch, four steps, of all modalities, for each script."""
     def run(script):
-        return finished_run(script, tmp_path_factory.mktemp(script), small, ("audio", "video", "text"),
-                            "--code-dim 64", ("clean", "paper"), (5,), TASKS if script == "micu" else CLIPS)
+        return finished_run(script, tmp_path_factory.mktemp(script), small, ("audio", "video", "text"), "--code-dim 64")
     with ThreadPoolExecutor(2) as two_at_a_time:
         return dict(zip(SCRIPTS, two_at_a_time.map(run, SCRIPTS)))
 
@@ -103,16 +100,14 @@ def captured_here(*args, cwd) -> SimpleNamespace:
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-def finished_run(script: str, cwd, data: str, modalities: tuple, options: str, protocols: tuple, known: tuple,
-                 tasks: tuple = CLIPS, by=run_script):
+def finished_run(script: str, cwd, data: str, modalities: tuple, options: str, by=run_script):
     """A run in the folder `cwd`, by subprocess as a user makes it or in this process, with what it left and printed."""
     options += f" --epochs 1 --batch-size 40 --codebook-size 64 {SCRIPTS[script]}"
-    done = by(f"{script}.py", "--data", data, "--modalities", *modalities, "--protocol", *protocols,
-              "--tasks", *tasks, *options.split(), cwd=cwd)
+    done = by(f"{script}.py", "--data", data, "--modalities", *modalities, *options.split(), cwd=cwd)
     assert done.returncode == 0, done.stderr
     run = run_folder(cwd)
-    return SimpleNamespace(script=script, modalities=modalities, protocols=protocols, known=known, tasks=tasks, cwd=cwd,
-                           done=done, run=run, results=read_results(run), metrics=read_metrics(run))
+    return SimpleNamespace(script=script, modalities=modalities, cwd=cwd, done=done, run=run,
+                           results=read_results(run), metrics=read_metrics(run))
 
 
 def run_folder(cwd) -> Path:

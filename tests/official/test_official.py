@@ -1,17 +1,21 @@
 """The authors' checkpoints: filled by formula, they must compute what the released encoders compute."""
 import json
 import math
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+import tyro
 
 import probes
-from conftest import ROOT, run_here
-from data import InputError
+from official import checkpoints
+from official.checkpoints import load_official
+from run import InputError
 
-GOLDEN = ROOT.parent / "shared" / "golden"
+pytestmark = pytest.mark.official
+GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the golden values are not here")
 WIDTH = {"audio": 128, "video": 512, "text": 256}  # of what enters a modality's linear map
 SHAPE = {"audio": (10, 128), "video": (10, 7, 7, 512), "text": (10, 768)}
@@ -135,7 +139,7 @@ def test_names_and_shapes_are_the_published_ones():
 @pytest.mark.parametrize("method", ["uni_code", "micu", "codaar"])
 def test_a_published_checkpoint_computes_what_was_published(checkpoint, method, capsys):
     path = checkpoint(method)
-    script, args, shape, model, epochs = probes.load_official(path, None if method == "codaar" else method)
+    script, args, shape, model, epochs = load_official(path, None if method == "codaar" else method)
     assert (script.METHOD, list(shape), epochs, args.spatial_pool) == (method, ["audio", "video", "text"], 5, "sum")
     told = capsys.readouterr().out
     assert "audio_self_att (12)" in told and "total_step (1)" in told and "epoch 4" in told  # not used
@@ -148,7 +152,7 @@ def test_a_published_checkpoint_computes_what_was_published(checkpoint, method, 
             assert quantized.abs().sum().item() == pytest.approx(ROW_SUM[m], rel=1e-12)
     if method == "codaar":  # columns video, audio, text
         embedding = checkpoint.kept["codaar"]["Encoder_parameters"]["Cross_quantizer.embedding"]
-        assert torch.equal(model.quantizer.own()["audio"], embedding[:, 256:512])
+        assert torch.equal(model.quantizer.by_modality()["audio"], embedding[:, 256:512])
 
 
 @needs_golden
@@ -158,8 +162,8 @@ def test_every_golden_number(key, tmp_path):
                                                                                             "checkpoint_names"))
     state = {group: filled(entries) for group, entries in published.items()}
     torch.save(state | {"epoch": 0}, tmp_path / "checkpoint.pt")
-    script, _, shape, model, _ = probes.load_official(tmp_path / "checkpoint.pt", None if "_" in key and key[0] == "c"
-                                                      else key)
+    name = None if key.startswith("codaar") else key
+    script, _, shape, model, _ = load_official(tmp_path / "checkpoint.pt", name)
     assert set(shape) == set(golden)
     for m, wanted in golden.items():
         with torch.no_grad():
@@ -173,11 +177,18 @@ def test_every_golden_number(key, tmp_path):
 
 
 def test_two_modalities_without_the_text_lstm(checkpoint):
-    _, _, shape, model, _ = probes.load_official(checkpoint("uni_code", Text_ar_lstm_parameters=None), "uni_code")
+    _, _, shape, model, _ = load_official(checkpoint("uni_code", Text_ar_lstm_parameters=None), "uni_code")
     assert list(shape) == ["audio", "video"] == list(model.semantic)
 
 
-def test_probing_a_published_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
+def command(*words) -> None:
+    """`python -m official.checkpoints` in this process"""
+    tyro.cli(checkpoints.main, args=[*map(str, words), "--device", "cpu"])
+
+
+@pytest.fixture
+def ave(tmp_path, monkeypatch) -> str:
+    """A file of random features of the published shapes, in the current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(probes, "EPOCHS", 1)
     rng, label = np.random.default_rng(0), np.arange(24) % 4
@@ -187,11 +198,30 @@ def test_probing_a_published_checkpoint(checkpoint, tmp_path, monkeypatch, capsy
             h5[m] = rng.random((24, *SHAPE[m]), np.float32)
         h5["label"], h5["classes"], h5["id"] = label, list("abcd"), [str(i) for i in range(24)]
         h5["split"] = (np.arange(24) // 8).astype(np.uint8)
-    run_here("probes.py", "--official", checkpoint("micu"), "--method", "micu", "ave.h5", "--known", 2,
-             "--out", "o.json")
-    tags = json.loads((tmp_path / "o.json").read_text())
-    assert {"eval/classification/v2a/acc", "eval/open_set_2/a2v/hos_paper"} < set(tags)
-    assert tags["eval/codebook/used_audio"] >= 1 and "micu, audio video text, 400 codes" in capsys.readouterr().out
+    return "ave.h5"
+
+
+def test_probing_a_published_checkpoint(checkpoint, ave, capsys):
+    command(checkpoint("micu"), ave, "--method", "micu", "--known", 2, "--out", "o.json")
+    tags = json.loads(Path("o.json").read_text())
+    assert {"eval/classification/v2a/acc", "eval/open_set_2/a2v/hos"} < set(tags)
+    assert not any(tag.endswith("_paper") for tag in tags)
+    told = capsys.readouterr().out
+    assert tags["eval/codebook/used_audio"] >= 1 and "micu, audio video text, 400 codes" in told and "acc_same" in told
+
+
+@pytest.mark.parametrize("tasks, wanted", [
+    ([], {"classification", "open_set_2"}), (["--tasks", "open_set"], {"open_set_2"}),
+    (["--tasks", "classification", "retrieval"], {"classification"}), (["--tasks", "retrieval"], set())])
+def test_probing_a_published_checkpoint_as_published(checkpoint, ave, tasks, wanted):
+    if not tasks:  # the released open set needs no held-out clips
+        with h5py.File(ave, "r+") as h5:
+            h5["split"][:] = np.repeat([0, 2], 12)
+    with h5py.File(ave, "r+") as h5:
+        h5["split"][-12:] = 2  # retrieval needs more than ten
+    command(checkpoint("micu"), ave, "--method", "micu", "--published", "--out", "o.json", *tasks)
+    tags = json.loads(Path("o.json").read_text())
+    assert {tag.split("/")[1] for tag in tags if tag.endswith("_paper")} == wanted
 
 
 class Hostile:
@@ -220,7 +250,7 @@ def test_checkpoints_that_do_not_fit(checkpoint, changes, method, needles):
     if changes.get("Text_ar_lstm_parameters") == "shorter":
         changes = {"Text_ar_lstm_parameters": filled(names("micu")[1]) | {"weight_hh_l0": torch.zeros(512, 64)}}
     with pytest.raises(InputError) as caught:
-        probes.load_official(checkpoint("micu", **changes), method)
+        load_official(checkpoint("micu", **changes), method)
     message = str(caught.value)
     assert all(needle in message for needle in needles) and "\n" not in message, message
 
@@ -228,14 +258,14 @@ def test_checkpoints_that_do_not_fit(checkpoint, changes, method, needles):
 def test_a_checkpoint_that_needs_more_than_tensors_is_refused(checkpoint, tmp_path):
     path = checkpoint("micu", optimizer=Hostile(tmp_path / "pwned"))
     with pytest.raises(InputError, match="not a checkpoint of the authors"):
-        probes.load_official(path, "micu")
+        load_official(path, "micu")
     assert not (tmp_path / "pwned").exists()
 
 
-def test_official_needs_features(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for command in (["--official", "checkpoint.pt"], []):
-        with pytest.raises(InputError, match="give a run folder"):
-            run_here("probes.py", *command)
-    with pytest.raises(InputError, match="--method micu: only with --official"):
-        run_here("probes.py", "runs/absent", "--method", "micu")
+def test_a_command_line_that_cannot_be_met(checkpoint, ave):
+    path = checkpoint("micu")
+    for words, needle in ((("checkpoint.pt",), "the feature files to probe it on"), ((path, ave), "--method micu"),
+                          ((path, ave, "--method", "micu", "--out", "absent/o.json"), "folder does not exist"),
+                          ((path, "absent.h5", "--method", "micu"), "absent.h5: no such file")):
+        with pytest.raises(InputError, match=needle):
+            command(*words)

@@ -1,7 +1,11 @@
 """data.py: the schema and its errors, the composition of digit clips, and batches from device, memory and file."""
 import gc
+import importlib.util
+import inspect
 import os
 import threading
+import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -9,7 +13,7 @@ import pytest
 import torch
 
 import data
-from conftest import edit, run_here
+from conftest import captured_here, edit, run_here
 from data import Batches, FeatureFile, Features, InputError
 
 N, T = 24, 3  # clips and segments of the generic file; its splits are 0, 0, 1, 2, repeated
@@ -135,6 +139,33 @@ def test_missing_unreadable_and_truncated_files(valid, tmp_path):
     assert "short.h5: not a readable HDF5 file" in error_of(lambda: FeatureFile(path))
 
 
+def test_a_dataset_that_h5py_cannot_represent(valid, tmp_path):
+    """NumPy has no HDF5 times, a link may lead nowhere, a name may be no UTF-8, a dataset may hold nothing at all."""
+    path = edit(valid, tmp_path / "odd.h5", audio=None, label=None, classes=None)
+    with h5py.File(path, "r+") as h5:
+        h5py.h5d.create(h5.id, b"audio", h5py.h5t.UNIX_D32LE, h5py.h5s.create_simple((N, T, 4)))
+    assert f"{path}: dataset 'audio' cannot be read" in error_of(lambda: FeatureFile(path))
+    for number, value in enumerate((h5py.SoftLink("/nowhere"), h5py.ExternalLink("absent.h5", "/audio"))):
+        broken = edit(valid, tmp_path / f"{number}.h5", touch=value)
+        assert f"{broken}: dataset 'touch' is missing" in error_of(lambda: FeatureFile(broken))
+    empty = edit(valid, tmp_path / "empty.h5", audio=h5py.Empty("f4"), label=h5py.Empty("i4"))
+    assert "'audio' has shape None" in error_of(lambda: FeatureFile(empty))
+    empty = edit(valid, tmp_path / "empty_label.h5", label=h5py.Empty("i4"))
+    assert "'label' has shape None" in error_of(lambda: FeatureFile(empty))
+    classes = edit(valid, tmp_path / "classes.h5", classes=np.array([b"a", b"b", b"c", b"\xff"]))
+    assert f"{classes}: dataset 'classes' cannot be read" in error_of(lambda: FeatureFile(classes))
+
+
+def test_a_file_is_closed_with_its_object(valid):
+    opened = FeatureFile(valid)
+    descriptor = opened.raw
+    assert os.path.samestat(os.fstat(descriptor), os.stat(valid))
+    del opened
+    gc.collect()
+    with pytest.raises(OSError):
+        os.fstat(descriptor)
+
+
 def test_a_group_among_the_modalities(valid, tmp_path):
     path = edit(valid, tmp_path / "group.h5", smell__inner=np.zeros(3))
     message = error_of(lambda: FeatureFile(path))
@@ -162,6 +193,20 @@ def test_check_reads_every_value(valid, tmp_path, value, capsys):
     assert path in message and "'audio'" in message and f"clip {clip}" in message and "finite" in message
 
 
+@pytest.mark.parametrize("name, value, allowed", [("events__audio", 2, "0..1"), ("events__audio", 255, "0..1"),
+                                                  ("mask", 5, "0..4"), ("mask", 254, "0..4")])
+def test_check_knows_the_range_of_events_and_masks(valid, tmp_path, name, value, allowed):
+    with h5py.File(valid) as h5:
+        values = h5[name.replace("__", "/")][:]
+    values[7, 1, ..., 2] = value
+    path = edit(valid, tmp_path / "range.h5", **{name: values})
+    message = error_of(lambda: data.check(path))
+    assert f"{path}: dataset '{name.replace('__', '/')}' holds {value} in clip 7, not {allowed}" in message
+    if name == "mask":
+        values[7] = 255  # nobody drew this one
+        data.check(edit(valid, tmp_path / "unknown.h5", mask=values))
+
+
 def test_check_prints_what_is_inside(valid, capsys):
     assert run_here("data.py", "check", valid) == 0
     printed = capsys.readouterr().out
@@ -178,6 +223,19 @@ def test_several_files_must_fit_together(valid, tmp_path):
     classes = edit(valid, tmp_path / "classes.h5", classes=["a", "b", "c", "e"])
     assert "classes.h5" in error_of(lambda: Features([valid, classes]))
     assert Features([valid, edit(valid, tmp_path / "no_touch.h5", touch=None)]).modalities == ["audio", "video"]
+
+
+def test_shapes_of_the_wanted_modalities(valid, tmp_path):
+    features = Features([valid])
+    assert list(features.shapes(()).items()) == list(features.shape.items()) == list(features.shapes().items())
+    assert list(features.shapes(("touch", "audio")).items()) == [("audio", (T, 4)), ("touch", (T, 2))]  # their order
+    message = error_of(lambda: features.shapes(("audio", "smell")))
+    assert message == "--modalities smell: the data holds audio video touch"
+    for one in (("audio",), ("audio", "audio")):
+        message = error_of(lambda: features.shapes(one))
+        assert message == "--modalities audio: at least two are needed; the data holds audio video touch"
+    single = Features([edit(valid, tmp_path / "single.h5", video=None, touch=None)])
+    assert "the data holds audio" in error_of(single.shapes)
 
 
 def test_events_of_one_file_only(valid, tmp_path):
@@ -398,24 +456,133 @@ def test_text_is_a_sentence_of_the_split_about_the_label(composed, base):
     assert len({text.tobytes() for text in clips["text"]}) > 20
 
 
-def test_digits_command(tmp_path, monkeypatch, capsys):
+def test_compose_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run_here("data.py", "digits", "--out", "d.h5", "--train", 8, "--val", 4, "--test", 4, "--seed", 3) == 0
+    sizes = ("--train", 8, "--val", 4, "--test", 4)
+    assert run_here("data.py", "compose", "digits", "--out", "d.h5", *sizes, "--seed", 3) == 0
     assert "16 clips, 10 classes" in capsys.readouterr().out
     data.write_digits("same.h5", (8, 4, 4), seed=3)
-    with h5py.File("d.h5") as left, h5py.File("same.h5") as right:
-        assert np.array_equal(left["video"][:], right["video"][:])
-    assert "absent" in error_of(lambda: data.digits("absent/d.h5"))
-    assert "--train" in error_of(lambda: data.digits("e.h5", train=0))
+    assert Path("d.h5").read_bytes() == Path("same.h5").read_bytes()
+    assert "absent" in error_of(lambda: data.compose_set("digits", "absent/d.h5"))
+    assert "--train" in error_of(lambda: data.compose_set("digits", "e.h5", train=0))
     assert not os.path.exists("e.h5")
+    os.mkdir("folder.h5")
+    assert "--out folder.h5: cannot be written" in error_of(lambda: data.compose_set("digits", "folder.h5", 1, 1, 1))
+    assert not list(tmp_path.glob("tmp*"))
 
 
-def test_digits_are_composed_once_per_recipe(tmp_path, monkeypatch):
+def test_the_command_line_explains_itself(tmp_path):
+    help = captured_here("data.py", "--help", cwd=tmp_path)
+    assert help.returncode == 0 and "compose digits --out FILE" in help.stdout and "check FILE" in help.stdout
+    unknown = captured_here("data.py", "compose", "letters", "--out", "l.h5", cwd=tmp_path)
+    assert unknown.returncode == 2 and "letters" in unknown.stderr + unknown.stdout
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The embedded set has 16 clips."""
     monkeypatch.setattr(data.write_digits, "__defaults__", ((8, 4, 4), 0))
-    (path,) = data.data_files(["digits"], str(tmp_path / "runs"))
+
+
+def test_an_embedded_set_is_composed_once(few, valid, tmp_path):
+    runs = tmp_path / "new" / "runs"
+    features = Features(["digits"], str(runs))
+    (path,) = map(str, runs.iterdir())
+    assert features.files[0].path == path and len(features) == 16 and features.name == "digits"
     written = os.stat(path).st_mtime_ns
-    assert data.data_files(("digits",), str(tmp_path / "runs")) == [path] and os.stat(path).st_mtime_ns == written
-    assert data.data_files(("a.h5", "b.h5"), "nowhere") == ["a.h5", "b.h5"]
+    assert Features(("digits",), runs).sha256() == features.sha256() and os.stat(path).st_mtime_ns == written
+    both = Features([path, "digits"], str(runs))
+    assert len(both) == 32 and os.stat(path).st_mtime_ns == written
+    assert [file.path for file in Features([valid, valid], "nowhere").files] == [valid, valid]
+    assert not os.path.exists("nowhere")
+    (tmp_path / "file").touch()
+    assert "--runs-dir" in error_of(lambda: Features(["digits"], str(tmp_path / "file" / "below")))
+
+
+def test_earlier_composed_files_are_removed_and_others_left(few, tmp_path, monkeypatch):
+    reader = Features(["digits"], str(tmp_path))
+    before = reader.files[0].path
+    mine = ["digits-mine.h5", "digits-0123abc.h5", "digits-0123ABCD.h5", "digits.h5", "other-01234567.h5"]
+    for name in (*mine, "digits-01234567.h5"):
+        (tmp_path / name).touch()
+    Features(["digits"], str(tmp_path))
+    assert (tmp_path / "digits-01234567.h5").exists()  # nothing was composed, so nothing goes
+    monkeypatch.setattr(data, "CLUTTER", 2)
+    now = Features(["digits"], str(tmp_path)).files[0].path
+    assert now != before and {str(path) for path in tmp_path.iterdir()} == {now, *(str(tmp_path / m) for m in mine)}
+    assert reader.read("audio", np.arange(16)).any()  # who has it open goes on reading
+
+
+def test_an_earlier_composed_file_that_cannot_be_removed(few, tmp_path, monkeypatch):
+    (tmp_path / "digits-01234567.h5").mkdir()  # as one that Windows holds back
+    assert len(Features(["digits"], str(tmp_path))) == 16
+
+
+def names_used(function) -> set:
+    """The names of data.py's globals that a function mentions, those inside of nested ones too."""
+    codes = [function.__code__]
+    for code in codes:
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    return {name for code in codes for name in code.co_names if name in vars(data)}
+
+
+def test_the_key_covers_all_that_composing_uses(monkeypatch):
+    key = data.digits_key()
+    functions, constants, waiting = set(), set(), ["write_digits"]
+    while waiting:
+        name = waiting.pop()
+        functions.add(name)
+        for used in names_used(getattr(data, name)) - functions:
+            value = getattr(data, used)
+            if inspect.isfunction(value) and value.__module__ == "data":
+                waiting.append(used)
+            elif isinstance(value, (int, float, str, tuple)):
+                constants.add(used)
+    assert constants >= {"T", "GRID", "PATCH", "PIXEL_NOISE", "AUDIO_NOISE", "CLUTTER"} and len(functions) == 5
+    for name in constants:
+        with monkeypatch.context() as patch:
+            patch.setattr(data, name, (getattr(data, name), "changed"))
+            assert data.digits_key() != key, name
+    source = inspect.getsource
+    for name in functions:
+        with monkeypatch.context() as patch:
+            patch.setattr(inspect, "getsource", lambda f: source(f) + "# changed" * (f is getattr(data, name)))
+            assert data.digits_key() != key, name
+    assert data.digits_key() == key
+
+
+def test_the_key_follows_the_base_and_not_the_rest_of_the_module(tmp_path, monkeypatch):
+    text = Path(data.__file__).read_text()
+
+    def key_with(old, new):
+        assert text.count(old) == 1
+        copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}.py"
+        copy.write_text(text.replace(old, new))
+        spec = importlib.util.spec_from_file_location(copy.stem, copy)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.DIGITS_FILE = data.DIGITS_FILE
+        return module.digits_key()
+
+    assert key_with("class Batches:", "# a remark\nclass Batches:") == data.digits_key()
+    assert key_with("rng.uniform(0, 0.15,", "rng.uniform(0, 0.16,") != data.digits_key()
+    base, before = tmp_path / "base.h5", data.digits_key()
+    base.write_bytes(data.DIGITS_FILE.read_bytes() + b"more")
+    monkeypatch.setattr(data, "DIGITS_FILE", base)
+    assert data.digits_key() != before
+
+
+def test_the_first_of_several_processes_composes(few, tmp_path, monkeypatch):
+    """The others wait for it, and compose for themselves only if they do not see its folder."""
+    told = []
+    monkeypatch.setattr(data, "all_gather_object", lambda value: told.append(list(tmp_path.glob("digits-*.h5"))))
+    monkeypatch.setattr(data, "RANK", 0)
+    path = data.composed_digits(str(tmp_path))
+    assert told == [[Path(path)]]  # told when it was there
+    monkeypatch.setattr(data, "RANK", 1)
+    monkeypatch.setattr(data, "all_gather_object", lambda value: os.replace(tmp_path / "late", path))
+    os.replace(path, tmp_path / "late")
+    assert data.composed_digits(str(tmp_path)) == path and os.listdir(tmp_path) == [os.path.basename(path)]
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -459,6 +626,29 @@ def test_an_epoch_can_start_anywhere(valid, source):
     for start in (1, 4):
         assert_same_batches(made.epoch(2, start), whole[start:])
     assert list(made.epoch(2, 6)) == []
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("step, num_steps", [(0, 5), (0, 1), (1, 5), (2, 4), (3, 7), (2, 2), (5, 5), (6, 5), (4, 6)])
+def test_a_stream_goes_through_epochs(valid, source, step, num_steps):
+    made = batches(valid, source)
+    epochs = [batch for epoch in range(4) for batch in made.epoch(epoch)]
+    assert len(made) == 2 and len(epochs) == 8
+    streamed = list(made.stream(step, num_steps))
+    assert len(streamed) == max(0, num_steps - step)
+    for actual, expected in zip(streamed, epochs[step:num_steps]):
+        assert_same_batches([actual], [expected])
+
+
+def test_the_file_is_read_a_little_ahead_and_no_further(valid, monkeypatch):
+    read, original = [], Features.read
+    monkeypatch.setattr(Features, "read", lambda *args: read.append(args[1]) or original(*args))
+    assert len(list(batches(valid, "file", batch_size=2).stream(3, 8))) == 5 and read.count("audio") == 5
+    read.clear()
+    epoch = batches(valid, "file", batch_size=1).epoch(0)
+    next(epoch)
+    time.sleep(0.2)  # enough for all 12 batches
+    assert read.count("audio") == 5  # this one and four more
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -507,13 +697,25 @@ def test_files_of_two_dtypes_keep_the_wider_one(valid, tmp_path):
 
 
 def test_no_file_at_all():
-    assert "no feature file given" in error_of(lambda: data.data_files([], "runs"))
+    assert "no feature file given" in error_of(lambda: Features([]))
 
 
-def test_several_processes_do_not_share_a_gpu(monkeypatch):
-    monkeypatch.setattr(data, "PROCESSES", 2)
-    message = error_of(lambda: data.pick_device("cuda:0"))
-    assert "--device cuda:0" in message and "its own GPU" in message
+@pytest.mark.parametrize("storage", [{}, {"compression": 1}])
+def test_a_system_without_the_calls_of_posix(valid, tmp_path, monkeypatch, storage):
+    """Windows has neither `os.preadv` nor `os.sysconf`."""
+    path = write(tmp_path / "posix.h5", **storage)
+    expected = list(batches(path, "file").epoch(1))
+    monkeypatch.delattr(os, "preadv")
+    monkeypatch.delattr(os, "sysconf")
+    assert_same_batches(batches(path, "file").epoch(1), expected)
+    assert batches(path, "auto").source == "memory"
+    assert data.physical_memory() == 8 << 30
+    monkeypatch.setattr(data, "physical_memory", lambda: 1000)
+    assert batches(path, "auto").source == "file"
+    epoch = batches(path, "file", batch_size=1).epoch(0)
+    next(epoch)
+    os.truncate(path, 2048)
+    assert "cannot be read" in error_of(lambda: list(epoch))
 
 
 def test_the_source_follows_the_free_memory(valid, monkeypatch):
@@ -541,10 +743,12 @@ def test_a_file_that_shrinks_ends_the_epoch_with_an_input_error(tmp_path, storag
     assert path in message and "cannot be read" in message
 
 
+@pytest.mark.parametrize("through", ["epoch", "stream"])
 @pytest.mark.parametrize("leave", ["close", "forget", "raise"])
-def test_an_epoch_left_early_leaves_no_thread(valid, leave):
+def test_an_epoch_left_early_leaves_no_thread(valid, leave, through):
     before = threading.active_count()
-    epoch = batches(valid, "file", batch_size=1).epoch(0)
+    made = batches(valid, "file", batch_size=1)
+    epoch = made.epoch(0) if through == "epoch" else made.stream(13, 40)
     next(epoch)
     assert threading.active_count() == before + 1
     if leave == "close":
