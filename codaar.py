@@ -28,7 +28,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import pictures
 import probes
 from data import Batches, Features
 from run import RANK, InputError, Run, Running, all_gather, average_over_processes, local_rows, parse, require_shape
@@ -47,9 +46,10 @@ class Method:
     lambda_self: Optional[float] = None
     csa: bool = True  # replace the rows of an index by their mean, one codebook after the other (Eq. 6, 7)
     cascade: tuple[str, ...] = ()  # order of CSA; none named: text, audio, video, others as in the data
-    # weight of the commitment, beta (paper: 0.25); none given: 1 for two modalities, 2 for more
+    # weight of the commitment, beta (paper: 0.25); none given: 2, with two modalities 1
     commitment_cost: Optional[float] = None
     commitment_warmup: float = 1.0  # share of the run in which beta rises from 0; 0: constant, as in the paper
+    specific: Literal["vector", "map"] = "vector"  # what is decoded of a map: its cell mean, or the map (released)
     # what a probe reads at index k: the rows of all codebooks side by side, or the modality's own
     probe_code: Literal["row", "own"] = "row"
 
@@ -58,11 +58,12 @@ class Method:
 class Codebook:
     codebook_size: int = 800  # number of codes, K
     code_dim: int = 256  # width of a code, D
-    codebook_init: Literal["data", "uniform"] = "data"  # start: outputs of the first batch, or U(-1/K, 1/K)
+    # start of index k: each modality's output at one segment (`batch`), their `paired` mean, or U(-1/K, 1/K)
+    codebook_init: Literal["batch", "paired", "uniform"] = "batch"
     ema_decay: float = 0.99  # decay of the codebook's moving averages, gamma
-    reset_after: int = 10  # steps without use after which a code is dead and gets a new place, N_re; 0: never
-    reset_rule: Literal["unshared", "unused"] = "unshared"  # dead: unused by some modality, or by every modality
-    # new place: each modality's output at one segment, the mean of all of them there, or a live code plus noise
+    reset_after: int = 10  # steps without use after which a code is dead and is set anew, N_re; 0: never
+    reset_rule: Literal["unshared", "unused"] = "unshared"  # dead: unused by at least one modality, or by all
+    # what a dead index becomes: as in `codebook_init`, or copies of a live index plus noise (`live`)
     reset_source: Literal["batch", "paired", "live"] = "batch"
 
 
@@ -71,17 +72,17 @@ class Optimisation:
     epochs: int = 6  # passes over the train split
     batch_size: int = 80  # clips per step, B
     learning_rate: float = 4e-4  # of Adam
-    # how a map becomes a vector: attention with sharpened scores, the papers' attention, or the sum (released)
+    # how a map (H x W cells a segment) becomes a vector: sharpened attention, as in the paper, or a sum (released)
     spatial_pool: Literal["attention", "paper", "sum"] = "attention"
-    precision: Literal["fp32", "bf16"] = "fp32"  # of encoders and decoders; distances, EMA and losses are fp32
-    compile: bool = False  # compile the networks
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; distances, EMA and losses are fp32
+    compile: bool = False  # compile the encoders
 
 
 @dataclass
 class Data:
     data: tuple[str, ...] = ("digits",)  # cmg-features files, or `digits`, embedded and composed on first use
     modalities: tuple[str, ...] = ()  # two or more modalities of the data; none named: all of them
-    features_on: Literal["auto", "device", "memory", "file"] = "auto"  # where features wait; `file`: read ahead
+    features_on: Literal["auto", "device", "memory", "file"] = "auto"  # where features are kept
 
 
 @dataclass
@@ -97,6 +98,11 @@ LIMITS = {  # of numbers, which Run checks; all others must not be negative
 
 
 # ------------------------------------------------------------------------------------------------------------ encoders
+def cell_mean(x):
+    """Features as one vector per segment (B, T, d): maps (B, T, H, W, d) are averaged over their cells."""
+    return x.flatten(2, 3).mean(2) if x.ndim == 5 else x
+
+
 class SpatialPool(nn.Module):
     """Feature maps to vectors, (B, T, H, W, d) -> (B, T, d): a channel gate, then attention over the H * W cells."""
 
@@ -113,22 +119,26 @@ class SpatialPool(nn.Module):
         self.score = nn.Linear(hidden, 1)
 
     def forward(self, x):
+        """The gate is the same in all cells, so mean and weighted sum are gated after they are taken: that spares
+        passes over the map, which cost more than all else here."""
         x = x.flatten(2, 3)  # (B, T, H*W, d)
-        x = x + x * self.gate(x.mean(2, keepdim=True))
+        mean = x.mean(2)  # (B, T, d)
+        gate = 1 + self.gate(mean)
         if self.kind == "sum":
-            return x.sum(2)
-        # score of a cell = w.(relu(A mean x) * relu(Q x)) + b, the mean's factor folded into w
-        w = F.relu(self.mean_proj(x.mean(2))) * self.score.weight  # (B, T, hidden)
-        cells = self.cell_proj(x.flatten(0, 2)).relu_()  # (B*T*H*W, hidden): in place, but on a view that would copy
-        score = cells.unflatten(0, x.shape[:3]) @ w[..., None] + self.score.bias  # (B, T, H*W, 1)
-        return ((self.SHARPNESS[self.kind] * score.tanh()).softmax(2) * x).sum(2)
+            return x.shape[2] * gate * mean
+        # score of a cell: w.(relu(mean_proj(gate * mean)) * relu(cell_proj(gate * x))) + b; the query holds w
+        query = self.score.weight * F.relu(self.mean_proj(gate * mean))  # (B, T, hidden)
+        cells = F.relu(self.cell_proj(gate[:, :, None] * x))  # (B, T, H*W, hidden)
+        score = cells @ query[..., None] + self.score.bias  # (B, T, H*W, 1)
+        weight = (self.SHARPNESS[self.kind] * score.tanh()).softmax(2)
+        return gate * (weight.transpose(2, 3) @ x)[:, :, 0]
 
 
 class SemanticEncoder(nn.Module):
     """Phi_m: features (B, T, ...) -> semantic z (B, T, D), maps (B, T, H, W, d) pooled first.
 
-    The Transformer is given no positions: they alone would solve the losses that tell segments apart. Only the LSTM,
-    which reads text, knows of order. Raises InputError if the attention heads do not divide D."""
+    The Transformer is given no positions, as released: with them it could tell segments apart by number alone. Only
+    the LSTM, which reads text, knows of order. Raises InputError if the attention heads do not divide D."""
 
     def __init__(self, modality: str, shape: tuple, args: Args):
         super().__init__()
@@ -154,49 +164,9 @@ class SemanticEncoder(nn.Module):
         return self.transformer(self.proj(x))
 
 
-def to_channels_first(x):
-    """(B, T, H, W, d) -> (B*T, d, H, W): a view, in the channels-last layout that convolutions like."""
-    return x.flatten(0, 1).permute(0, 3, 1, 2)
-
-
-class Residual(nn.Module):
-    """(N, c, h, w) -> (N, c, h, w)"""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.block = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False),
-                                   nn.ReLU(), nn.Conv2d(width, width, 1, bias=False))
-
-    def forward(self, x):
-        return x + self.block(x)
-
-
-class SpecificEncoder(nn.Module):
-    """Psi_m, what only this modality knows: (B, T, d) -> (B, T, 256), or (B, T, H, W, d) -> (B*T, 2d, H-4, W-4).
-
-    No paper describes it; the releases have it (with twice the channels). Raises InputError on maps below 5 x 5."""
-
-    def __init__(self, shape: tuple):
-        super().__init__()
-        d = shape[-1]
-        self.is_map = len(shape) == 4
-        if self.is_map:
-            if min(shape[1:3]) < 5:
-                raise InputError(f"maps of {tuple(shape[1:3])} cells, at least 5 x 5 are needed")
-            self.width = 2 * d
-            self.net = nn.Sequential(nn.Conv2d(d, d, 3), nn.ReLU(), nn.Conv2d(d, 2 * d, 3), nn.ReLU(),
-                                     nn.Conv2d(2 * d, 2 * d, 1), Residual(2 * d), nn.ReLU())
-        else:
-            self.width = 256
-            self.net = nn.Sequential(nn.Linear(d, 256), nn.ReLU())
-
-    def forward(self, x):
-        return self.net(to_channels_first(x) if self.is_map else x)
-
-
 # ----------------------------------------------------------------------------------------------------------- quantizer
 def nearest_code(z, codebook):
-    """Index of the codeword at the smallest squared Euclidean distance: z (..., D), codebook (K, D) -> (...) int64.
+    """Index of the code at the smallest squared Euclidean distance: z (..., D), codebook (K, D) -> (...) int64.
 
     Computed in fp32 at least, also under autocast. Raises ValueError on shapes that do not fit."""
     require_shape("codebook", codebook, (-1, -1))
@@ -213,7 +183,7 @@ def nearest_code(z, codebook):
 def ema_update(ema_count, ema_sum, code_index, vectors, decay: float):
     """One joint EMA step over all the vectors: ema_count (K,), ema_sum (K, D), code_index (N,), vectors (N, D).
 
-    Returns new (ema_count, ema_sum, codebook); the Laplace-smoothed count divides and is never written back.
+    Returns new (ema_count, ema_sum, codebook); only the codebook is of smoothed counts.
     Raises ValueError on shapes that do not fit."""
     require_shape("ema_count", ema_count, (-1,))
     require_shape("ema_sum", ema_sum, (len(ema_count), -1))
@@ -234,7 +204,7 @@ def ema_update(ema_count, ema_sum, code_index, vectors, decay: float):
 def sample_rows(vectors, wanted: int, generator):
     """`wanted` of the rows in random order, each once before any twice: (..., n, D) -> (..., wanted, D)
 
-    Rows that come twice get small noise, or the second one could never be the nearest code."""
+    If rows must come twice, all get small noise: of two equal codes the second can never be the nearest."""
     n = vectors.shape[-2]
     order = torch.randperm(n, generator=generator, device=vectors.device)
     rows = vectors[..., order.repeat(wanted // n + 1)[:wanted], :]
@@ -245,6 +215,7 @@ def sample_rows(vectors, wanted: int, generator):
 
 def copies_of_live(codebook, dead, generator):
     """For each code a random one that is not dead, plus small noise: codebook (..., K, D), dead (K,) -> (..., K, D)"""
+    # the highest of random scores is a random choice; a dead code has the lowest
     scores = torch.rand(len(dead), len(dead), generator=generator, device=dead.device).masked_fill(dead, -1)
     copies = codebook[..., scores.argmax(1), :]
     return copies + 1e-3 * torch.randn(copies.shape, generator=generator, device=dead.device)
@@ -287,7 +258,7 @@ def cascade_order(given: tuple, modalities: list) -> tuple:
 
 
 class AlignedQuantizer(nn.Module):
-    """A codebook per modality, moved by EMA; an index dies, and gets a new place, in all codebooks together."""
+    """A codebook per modality, moved by EMA; an index dies, and is set anew, in all codebooks together."""
 
     def __init__(self, modalities: list, args: Args):
         super().__init__()
@@ -337,8 +308,9 @@ class AlignedQuantizer(nn.Module):
     @torch.no_grad()
     def init_from_batch(self, z: dict, generator) -> None:
         """Data-dependent start: index k becomes what the modalities say at one segment of the first batch."""
-        self.codebooks.copy_(self.new_codes(z, "batch", generator))
-        self.ema_sum.copy_(self.codebooks)
+        if self.args.codebook_init != "uniform":
+            self.codebooks.copy_(self.new_codes(z, self.args.codebook_init, generator))
+            self.ema_sum.copy_(self.codebooks)
 
     @torch.no_grad()
     def update(self, z: dict, code_index: dict, ema_input: dict, generator) -> None:
@@ -361,12 +333,12 @@ class AlignedQuantizer(nn.Module):
             self.reset(z, generator)
 
     def reset(self, z: dict, generator) -> None:
-        """Give a dead index a new place in every codebook, and the statistics of one that one vector has chosen."""
+        """A dead index becomes what `reset_source` says in every codebook, with a count of 1 and itself as sum."""
         unused = self.steps_since_used >= self.args.reset_after  # (M, K)
         dead = unused.any(0) if self.args.reset_rule == "unshared" else unused.all(0)  # (K,)
         if self.args.reset_source == "live":
             new = copies_of_live(self.codebooks, dead, generator)
-            dead = dead & ~dead.all()  # there must be one to copy
+            dead = dead & ~dead.all()  # if all are dead there was none to copy: reset none
         else:
             new = self.new_codes(z, self.args.reset_source, generator)
         self.codebooks.copy_(torch.where(dead[:, None], new, self.codebooks))
@@ -376,44 +348,82 @@ class AlignedQuantizer(nn.Module):
         self.resets += dead.sum()
 
 
-QUANTIZER = AlignedQuantizer  # what a Model of this method is built with
+QUANTIZER = AlignedQuantizer  # the one of this method, for Model, whose text all scripts share
 
 
-# ------------------------------------------------------------------------------------------------------------ decoders
+# -------------------------------------------------------------------------------------------------------------- models
+class Model(nn.Module):
+    """What a probe needs: an encoder for each modality of `shape` {m: (T, d) or (T, H, W, d)}, and the codebook."""
+
+    def __init__(self, shape: dict, args: Args):
+        super().__init__()
+        self.semantic = nn.ModuleDict({m: SemanticEncoder(m, s, args) for m, s in shape.items()})
+        self.quantizer = QUANTIZER(list(shape), args)
+
+
+def encode(model: Model, features, modality: str):
+    """What a probe reads: features (N, T, ...) -> quantized (N, T, width), code_index (N, T)"""
+    z = model.semantic[modality].forward(features)  # uncompiled: probes bring many sizes
+    return model.quantizer.encode(z, modality)
+
+
+class Residual(nn.Module):
+    """(N, c, h, w) -> (N, c, h, w)"""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.block = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False),
+                                   nn.ReLU(), nn.Conv2d(width, width, 1, bias=False))
+
+    def forward(self, x):
+        return x + self.block(x)
+
+
+class SpecificEncoder(nn.Module):
+    """What only this modality knows, for its decoder: (B, T, d) -> (B, T, 256), or as released
+    (B, T, H, W, d) -> (B*T, 4d, H-4, W-4). No paper describes it. Raises InputError on maps below 5 x 5."""
+
+    def __init__(self, shape: tuple):
+        super().__init__()
+        d = shape[-1]
+        self.is_map = len(shape) == 4
+        if not self.is_map:
+            self.width = 256
+            self.net = nn.Sequential(nn.Linear(d, 256), nn.ReLU())
+            return
+        if min(shape[1:3]) < 5:
+            raise InputError(f"--specific map: maps of {tuple(shape[1:3])} cells, at least 5 x 5 are needed")
+        self.width = 4 * d
+        self.net = nn.Sequential(nn.Conv2d(d, 2 * d, 3), nn.ReLU(), nn.Conv2d(2 * d, 4 * d, 3), nn.ReLU(),
+                                 nn.Conv2d(4 * d, 4 * d, 1), Residual(4 * d), nn.ReLU())
+
+    def forward(self, x):
+        if self.is_map:  # a view in the channels-last layout that convolutions like
+            x = x.flatten(0, 1).permute(0, 3, 1, 2)
+        return self.net(x)
+
+
 class Decoder(nn.Module):
-    """D_m: [code ; specific] -> features. code (B, T, width), specific as SpecificEncoder gives it -> (B, T, ...)"""
+    """[code ; specific] -> features: code (B, T, width), specific as SpecificEncoder gives it -> (B, T, ...)"""
 
     def __init__(self, shape: tuple, code_width: int):
         super().__init__()
         d = shape[-1]
         self.is_map = len(shape) == 4
         if self.is_map:
-            self.mix = nn.Conv2d(code_width + 2 * d, 2 * d, 1)
-            self.net = nn.Sequential(Residual(2 * d), nn.ReLU(), nn.ConvTranspose2d(2 * d, d, 3), nn.ReLU(),
-                                     nn.ConvTranspose2d(d, d, 3))
+            self.mix_code, self.mix_specific = nn.Linear(code_width, 4 * d), nn.Conv2d(4 * d, 4 * d, 1)
+            self.net = nn.Sequential(Residual(4 * d), nn.ReLU(), nn.ConvTranspose2d(4 * d, 2 * d, 3), nn.ReLU(),
+                                     nn.ConvTranspose2d(2 * d, d, 3))
         else:
-            self.mix = nn.Linear(code_width + 256, 256)
+            self.mix_code, self.mix_specific = nn.Linear(code_width, 256), nn.Linear(256, 256)
             self.net = nn.Sequential(nn.ReLU(), nn.Linear(256, d))
 
     def forward(self, code, specific):
+        """A linear map of the concatenation is the sum of two: the code's part is alike in all cells."""
         if not self.is_map:
-            return self.net(self.mix(torch.cat([code, specific], -1)))
-        b, t = code.shape[:2]
-        for_code, for_specific = self.mix.weight.tensor_split((code.shape[2],), 1)
-        plane = F.linear(code.flatten(0, 1), for_code[..., 0, 0])[..., None, None]  # once, being alike in all cells
-        x = self.net(F.conv2d(specific, for_specific, self.mix.bias) + plane)  # (B*T, d, H, W)
-        return x.permute(0, 2, 3, 1).unflatten(0, (b, t))  # (B, T, H, W, d)
-
-
-class Model(nn.Module):
-    """Encoders, codebook and decoders of every modality; `shape` is {m: (T, d) or (T, H, W, d)}."""
-
-    def __init__(self, shape: dict, args: Args):
-        super().__init__()
-        self.semantic = nn.ModuleDict({m: SemanticEncoder(m, s, args) for m, s in shape.items()})
-        self.specific = nn.ModuleDict({m: SpecificEncoder(s) for m, s in shape.items()})
-        self.quantizer = QUANTIZER(list(shape), args)
-        self.decoder = nn.ModuleDict({m: Decoder(s, self.quantizer.width) for m, s in shape.items()})
+            return self.net(self.mix_code(code) + self.mix_specific(specific))
+        x = self.net(self.mix_code(code.flatten(0, 1))[..., None, None] + self.mix_specific(specific))
+        return x.permute(0, 2, 3, 1).unflatten(0, code.shape[:2])  # (B*T, d, H, W) -> (B, T, H, W, d)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -431,11 +441,9 @@ def row_commitment_loss(z: dict, code_index: dict, codebooks: dict, commitment_c
 def code_log_probability(z, codebook):
     """log p[i, k], p = mean over t of softmax over k of -||z[i, t] - e[k]||: z (B, T, D), codebook (K, D) -> (B, K)"""
     codebook = codebook.detach()
-    # ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2 of vectors scaled to at most 1 per entry: squares cannot overflow
-    scale = torch.maximum(z.detach().abs().amax(), codebook.abs().amax()).clamp(min=torch.finfo(z.dtype).tiny)
-    z, codebook = z / scale, codebook / scale
+    # ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2
     square = z.square().sum(-1, keepdim=True) - 2 * z @ codebook.T + codebook.square().sum(-1)  # (B, T, K)
-    distance = scale * square.clamp(min=1e-10).sqrt()  # the root has no gradient at 0
+    distance = square.clamp(min=1e-10).sqrt()  # the root has no gradient at 0
     return (-distance).log_softmax(-1).logsumexp(1) - math.log(z.shape[1])
 
 
@@ -469,62 +477,18 @@ class CrossModalCPC(nn.Module):
 
     def __init__(self, modalities: list, code_dim: int, steps: int):
         super().__init__()
-        self.steps = steps
         self.lstm = nn.ModuleDict({m: nn.LSTM(code_dim, code_dim, batch_first=True) for m in modalities})
         self.predict = nn.ModuleDict({m: nn.ModuleList(nn.Linear(code_dim, code_dim, bias=False) for _ in range(steps))
                                       for m in modalities})  # W_k^m
 
-    def predictions(self, z: dict, t: int):
-        """Of each ordered pair (a, b) and step k: a, b, what b is at t + k and what a predicts, (B, D) each"""
+    def forward(self, z: dict, t: int):
+        """cpc_loss, mean over the steps k, sum over the ordered pairs (a, b): a's past and b's segment t + k -> ()"""
         context = {m: self.lstm[m](v[:, :t + 1])[0][:, -1] for m, v in z.items()}  # c_t (B, D) of z_{<=t}
+        loss = 0
         for a, b in itertools.permutations(z, 2):
             for k, predict in enumerate(self.predict[a], 1):
-                yield a, b, z[b][:, t + k], predict(context[a])
-
-    def forward(self, z: dict, t: int):
-        """cpc_loss, mean over the steps, sum over the ordered pairs: z {m: (B, T, D)} -> ()"""
-        losses = [cpc_loss(target, prediction) for _, _, target, prediction in self.predictions(z, t)]
-        return sum(losses) / self.steps
-
-    @torch.no_grad()
-    def first_ranked(self, z: dict, t: int) -> dict:
-        """For the log: the share of a's predictions that rank their own clip first among b's segments, {tag: ()}"""
-        right = {}
-        for a, b, target, prediction in self.predictions(z, t):
-            first = (prediction @ target.T).argmax(1) == torch.arange(len(target), device=target.device)
-            right.setdefault(f"charts/cpc_first_{probes.direction(a, b, list(z))}", []).append(first)
-        return {tag: torch.stack(first).float().mean() for tag, first in right.items()}
-
-
-def last_moment(shape: dict, cpc_steps: int) -> int:
-    """How many segments of a clip have cpc_steps segments after them. Raises InputError if none has."""
-    segments = next(iter(shape.values()))[0]
-    if cpc_steps >= segments:
-        raise InputError(f"--cpc-steps {cpc_steps}: needs more than the {segments} segments of a clip")
-    return segments - cpc_steps
-
-
-@torch.no_grad()
-def alignment(codebooks: dict, code_index: dict) -> dict:
-    """For the log, of each pair (a, b): how often both choose one index, and of the rows that a chose the mean cosine
-    with b's row of that index and its mean rank, how many of b's have a greater one; {m: (K, D)}, {m: (B, T)}"""
-    rows = {m: F.normalize(codebook, dim=-1) for m, codebook in codebooks.items()}
-    tags = {}
-    for a, b in itertools.combinations(code_index, 2):
-        cosine = rows[a] @ rows[b].T  # (K, K)
-        right = cosine.diagonal()
-        rank = (cosine > right[:, None]).sum(1).float()
-        tags[f"codebook/agreement_{a}_{b}"] = (code_index[a] == code_index[b]).float().mean()
-        tags[f"codebook/cosine_{a}_{b}"] = right[code_index[a]].mean()
-        tags[f"codebook/rank_{a}_{b}"] = rank[code_index[a]].mean()
-    return tags
-
-
-# ------------------------------------------------------------------------------------------------------------ encoding
-def encode(model: Model, features, modality: str):
-    """What a probe reads: features (N, T, ...) -> quantized (N, T, width), code_index (N, T)"""
-    z = model.semantic[modality].forward(features)  # not a call: --compile would compile every size a probe brings
-    return model.quantizer.encode(z, modality)
+                loss = loss + cpc_loss(z[b][:, t + k], predict(context[a])) / len(self.predict[a])
+        return loss
 
 
 # -------------------------------------------------------------------------------------------------------- main program
@@ -536,26 +500,32 @@ if __name__ == "__main__":
     # ---- data
     features = Features(args.data, args.runs_dir)
     shape = features.shapes(args.modalities)  # {m: (T, d) or (T, H, W, d)}
-    plan = probes.Plan(features, shape, device)  # says before training what could not be probed after it
+    plan = probes.Plan(features, shape, device)  # fails now if the probes after training could not run
     batches = Batches(features, shape, "train", args.batch_size, device, args.seed, args.features_on)
 
     # ---- networks and their optimizer
-    model = Model(shape, args).to(device)
+    model = Model(shape, args)
     networks = nn.ModuleDict({"model": model})
+    segments = features.files[0].segments  # T
     if args.compile:
-        for network in (*model.semantic.values(), *model.specific.values(), *model.decoder.values()):
+        for network in model.semantic.values():
             network.compile(dynamic=False)
     # =========================================================================================================== CoDAAR
-    networks["cpc"] = CrossModalCPC(list(shape), args.code_dim, args.cpc_steps).to(device)
-    generators = {"reset": run.generator("reset"), "cpc": run.generator("cpc", "cpu")}  # the host cuts z at t
-    more_state = {}
-    last_t = last_moment(shape, args.cpc_steps)
+    seen = shape if args.specific == "map" else {m: (s[0], s[-1]) for m, s in shape.items()}  # what is decoded
+    networks["specific"] = nn.ModuleDict({m: SpecificEncoder(s) for m, s in seen.items()})
+    networks["decoder"] = nn.ModuleDict({m: Decoder(s, model.quantizer.width) for m, s in seen.items()})
+    if args.cpc and args.cpc_steps >= segments:
+        raise InputError(f"--cpc-steps {args.cpc_steps}: needs more than {segments} segments a clip, or --no-cpc")
+    networks["cpc"] = CrossModalCPC(list(shape), args.code_dim, args.cpc_steps)
+    generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}  # the host cuts z at t
+    more_state = {}  # of other optimizers
     rising_steps = args.commitment_warmup * args.epochs * len(batches)
     if args.commitment_cost is None:
         args.commitment_cost = 1.0 if len(shape) == 2 else 2.0
     if args.lambda_self is None:
         args.lambda_self = 0.75 if len(shape) == 2 else 0.6
     # ==================================================================================================== end of CoDAAR
+    networks.to(device)
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.learning_rate, fused=True)
     step = run.restore(features, shape, generators, networks=networks, optimizer=optimizer, **more_state)
     evaluate = partial(plan.evaluate, model, encode, args.codebook_size)
@@ -569,49 +539,51 @@ if __name__ == "__main__":
         z = {m: all_gather(v.float()) for m, v in z.items()}  # {m: (B, T, D)}
 
         # Quantise: the codes of all clips, and those of this process's clips for what is computed clip by clip.
-        if step == 0 and args.codebook_init == "data":
-            model.quantizer.init_from_batch(z, generators["reset"])
+        if step == 0:
+            model.quantizer.init_from_batch(z, generators["codebook"])
         quantized, code_index = model.quantizer(z)  # {m: (B, T, width)}, {m: (B, T)}
         own = {m: local_rows(q) for m, q in quantized.items()}
 
-        # Reconstruct the features from the code and a modality-specific part.
-        with autocast():
-            specific = {m: model.specific[m](x) for m, x in batch.items()}
-            decoded = {m: model.decoder[m](own[m], specific[m]) for m in batch}
-        recon = sum(F.mse_loss(decoded[m].float(), x) for m, x in batch.items())
-
         # ======================================================================================================= CoDAAR
+        target = batch if args.specific == "map" else {m: cell_mean(x) for m, x in batch.items()}  # {m: (B, T, ...)}
+        with autocast():
+            specific = {m: networks["specific"][m](x) for m, x in target.items()}
+            decoded = {m: networks["decoder"][m](own[m], specific[m]) for m in batch}
+        recon = sum(F.mse_loss(decoded[m].float(), target[m]) for m in batch)  # Eq. 9
         beta = args.commitment_cost * min(1, (step + 1) / max(1, rising_steps))
         codebooks = model.quantizer.by_modality()
         commitment = row_commitment_loss(z, code_index, codebooks, beta)  # Eq. 8
-        t = torch.randint(last_t, (), generator=generators["cpc"]).item()
+
+        t = torch.randint(max(1, segments - args.cpc_steps), (), generator=generators["cpc"]).item()
         cpc = networks["cpc"](z, t) / 2 if args.cpc else torch.zeros_like(recon)  # Eq. 2, both directions averaged
-        pairs = itertools.combinations(shape, 2) if args.dqa else ()
+        pairs = itertools.combinations(z, 2) if args.dqa else ()
         dqa = sum((cmcm_loss(z[a], z[b], codebooks[a], codebooks[b]) for a, b in pairs), torch.zeros_like(recon))
+
         loss = recon + commitment + cpc + dqa  # Eq. 10
         losses = {"recon": recon, "commitment": commitment, "cpc": cpc, "dqa": dqa}
         ema_input = {m: temporal_mix(z, m, args.lambda_self) for m in z} if args.dta else z  # Eq. 4, 5
-        charts = lambda: {**probes.codebook_health(model.quantizer, code_index), **alignment(codebooks, code_index),
-                          **networks["cpc"].first_ranked(z, t)}
         # ================================================================================================ end of CoDAAR
 
-        # Update the networks by gradient, then the codebook by moving averages; processes stay equal by averaging.
+        # Update the networks by gradient, then the codebook by moving averages. Averages over processes: of gradients
+        # because each has its own clips, of the codebook so that rounding cannot drive the processes apart.
         optimizer.zero_grad()
         loss.backward()
         average_over_processes(p.grad for p in networks.parameters())
-        grad_norm = nn.utils.clip_grad_norm_(networks.parameters(), 0.5)
+        grad_norm = nn.utils.clip_grad_norm_(networks.parameters(), 0.5)  # as released, but over all parts at once
         optimizer.step()
-        model.quantizer.update(z, code_index, ema_input, generators["reset"])
+        model.quantizer.update(z, code_index, ema_input, generators["codebook"])
         average_over_processes(model.quantizer.buffers())
         step += 1
 
-        run.log(step, losses | {"total": loss}, lambda: {**charts(), "charts/grad_norm": grad_norm})
-        if run.checkpoint(step):
+        health = partial(probes.codebook_health, model.quantizer, code_index)  # called when a line of the log is due
+        run.log(step, losses | {"total": loss}, grad_norm, health)
+        should_stop = run.checkpoint(step)
+        if should_stop:
             sys.exit(run.exit_code)
 
     # ---- evaluation
     if RANK == 0:
         tags, selections = evaluate()
-        pictures.show_codebook(run.writer, model.quantizer.codebook, selections, step, probes.SHARE)
+        probes.show_codebook(run.writer, model.quantizer.codebook, selections, step)
         run.finish(step, tags)
-        print(f"{probes.table(tags)}\nrun folder: {run.folder}")
+        print(f"{probes.table(tags, probes.SCORES)}\nrun folder: {run.folder}")

@@ -5,8 +5,7 @@
 
 A file holds N clips of T segments. Each modality is a dataset (N, T, d) or (N, T, H, W, d) named after it; `split` (N,)
 is 0 train, 1 val, 2 test; `id` (N,), `classes` (C,), and optionally `label` (N,), `events/<modality>` (N, T, C),
-`mask` (N, T, h, w) and `group` (N,). This module knows nothing of the methods. Files from the authors' archives:
-`python -m official.convert`.
+`mask` (N, T, h, w) and `group` (N,). Files from the authors' archives: `python -m official.convert`.
 """
 import hashlib
 import inspect
@@ -228,12 +227,15 @@ class Features:
     def shapes(self, modalities: tuple = ()) -> dict:
         """{m: (T, d) or (T, H, W, d)} of the wanted modalities, or of all if none is named, in canonical order.
 
-        Raises InputError for a modality that the data does not hold, and for fewer than two."""
+        Raises InputError for a modality that is not there or whose name no network can have, and for fewer than two."""
         held = " ".join(self.modalities)
         for m in modalities:
             if m not in self.modalities:
                 raise InputError(f"--modalities {m}: the data holds {held}")
         wanted = {m: shape for m, shape in self.shape.items() if m in modalities or not modalities}
+        for m in wanted:
+            if "." in m or hasattr(torch.nn.ModuleDict(), m):
+                raise InputError(f"{self.files[0].path}: rename dataset '{m}': no dots, no name that PyTorch uses")
         if len(wanted) < 2:
             raise InputError(f"--modalities {' '.join(wanted)}: at least two are needed; the data holds {held}")
         return wanted

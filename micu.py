@@ -1,20 +1,22 @@
 """MICU (Huang et al., ICCV 2025): one discrete code for several modalities, learned from paired, unlabelled clips.
 
-A clip is T segments of paired features: what is heard, seen and said. Each modality has an encoder; each segment's
-output becomes a code, the nearest row of one codebook that all modalities share. Then encoders and codebook are frozen,
-and a probe, a small classifier, trained on one modality's codes is tested on another's.
+A clip is T segments, moments of equal length; for each the file of features says what is heard, seen and said. Each
+modality has an encoder; each of its outputs becomes a code: the nearest row of one codebook that all modalities share.
+Then encoders and codebook are frozen, and a probe, a small classifier, trained on one modality's codes is tested on
+another's.
 
-FCMI contrasts masked features with the whole ones of every modality: which segment of the clip is this (fine), which
-clip of the batch (coarse)? CUJP shuffles the parts of codes taken from any modality and asks for the permutation.
-Reconstruction keeps content in the codes, the commitment keeps encoders near them, and the codes follow the encoders by
-moving averages (EMA):
+FCMI contrasts masked encoder outputs with the whole ones of every modality: which segment of the clip is this (fine),
+which clip of the batch (coarse)? CUJP cuts a code into parts, takes each part from a random modality, permutes them and
+asks for the permutation. Reconstruction keeps content in the codes, the commitment keeps encoders near them, and the
+codes follow the encoders by moving averages (EMA):
 
     L = lambda_1 (L_fine + L_coarse) + lambda_2 L_cujp + lambda_3 L_recon + lambda_4 L_commit                   (Eq. 8)
 
-    python micu.py --cujp-splits 8 --mask-ratio 0.3        # embedded digits: composes, trains, probes, prints the table
+    python micu.py --cujp-splits 8 --mask-ratio 0.3        # on the embedded digits: trains, probes, prints a table
     python micu.py --help                                  # every flag; docs/micu.md lists paper against release
 
-Shapes: B clips of a batch, T segments, D code width, K codes, M modalities, N = B * T, O jigsaw parts, P permutations.
+"Released" is the authors' code, github.com/haihuangcode/CMG. Shapes: B clips of a batch, T segments, D code width, K
+codes, M modalities, N = B * T vectors of a modality, O jigsaw parts, P permutations.
 """
 import math
 import random
@@ -27,7 +29,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import pictures
 import probes
 from data import Batches, Features
 from run import RANK, InputError, Run, Running, all_gather, average_over_processes, local_rows, parse, require_shape
@@ -38,16 +39,15 @@ METHOD = "micu"
 # ----------------------------------------------------------------------------------------------------------- arguments
 @dataclass
 class Method:
-    mask_ratio: float = 0.3  # share of features masked in FCMI's queries
+    mask_ratio: float = 0.3  # share of an output's channels, or of segments, masked in FCMI's queries
     mask_axis: Literal["channel", "time"] = "channel"  # mask channels of a clip (paper) or its segments (released)
     mask_sharing: Literal["same", "different"] = "same"  # one mask for all modalities of a clip, or one each
     similarity: Literal["dot", "cosine"] = "cosine"  # in FCMI; the paper has dot
     temperature: float = 0.1  # tau of FCMI; the paper has 1.0, with dot
-    jigsaw: Literal["cujp", "mmjp"] = "cujp"  # cross-modal unified jigsaw, or the multimodal one of Dong et al.
-    cujp_splits: int = 8  # parts of a code, O
-    cujp_permutations: int = 256  # most permutations to tell apart: P = min(O!, this)
+    jigsaw: Literal["cujp", "mmjp"] = "cujp"  # parts of one code, or of the codes of all modalities (Dong et al. 2024)
+    cujp_splits: int = 8  # parts that each code is cut into, O
     cujp_samples: int = 8  # permutations drawn per vector and step, an unbiased estimate; 0: all P, as in the paper
-    mm_ema: bool = False  # the codebook follows outputs averaged over the modalities (released) instead of their own
+    mm_ema: bool = False  # codes follow outputs averaged over the modalities (released), not each modality's own
     lambda_fine: float = 1.0  # weight of the fine InfoNCE
     lambda_coarse: float = 1.0  # weight of the coarse InfoNCE
     lambda_cujp: float = 2.0  # weight of the jigsaw
@@ -57,11 +57,12 @@ class Method:
 class Codebook:
     codebook_size: int = 400  # number of codes, K
     code_dim: int = 256  # width of a code, D
-    codebook_init: Literal["data", "uniform"] = "data"  # start: outputs of the first batch, or U(-1/K, 1/K)
+    # start: `paired` means of all modalities' outputs at a segment, single outputs (`batch`), or U(-1/K, 1/K)
+    codebook_init: Literal["paired", "batch", "uniform"] = "paired"
     ema_decay: float = 0.99  # decay of the codebook's moving averages, gamma
-    reset_after: int = 10  # steps without use after which a code is dead and gets a new place, N_re; 0: never
-    reset_rule: Literal["unshared", "unused"] = "unshared"  # dead: unused by some modality, or by every modality
-    # new place: the mean output of all modalities at one segment, one output, or a live code plus noise
+    reset_after: int = 10  # steps without use after which a code is dead and is set anew, N_re; 0: never
+    reset_rule: Literal["unshared", "unused"] = "unshared"  # dead: unused by at least one modality, or by all
+    # what a dead code becomes: as in `codebook_init`, or a copy of a live code plus noise (`live`)
     reset_source: Literal["paired", "batch", "live"] = "paired"
 
 
@@ -70,17 +71,17 @@ class Optimisation:
     epochs: int = 5  # passes over the train split
     batch_size: int = 80  # clips per step, B
     learning_rate: float = 4e-4  # of Adam
-    # how a map becomes a vector: attention with sharpened scores, the papers' attention, or the sum (released)
+    # how a map (H x W cells a segment) becomes a vector: sharpened attention, as in the paper, or a sum (released)
     spatial_pool: Literal["attention", "paper", "sum"] = "attention"
-    precision: Literal["fp32", "bf16"] = "fp32"  # of encoders and decoders; distances, EMA and losses are fp32
-    compile: bool = False  # compile the networks
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; distances, EMA and losses are fp32
+    compile: bool = False  # compile the encoders
 
 
 @dataclass
 class Data:
     data: tuple[str, ...] = ("digits",)  # cmg-features files, or `digits`, embedded and composed on first use
     modalities: tuple[str, ...] = ()  # two or more modalities of the data; none named: all of them
-    features_on: Literal["auto", "device", "memory", "file"] = "auto"  # where features wait; `file`: read ahead
+    features_on: Literal["auto", "device", "memory", "file"] = "auto"  # where features are kept
 
 
 @dataclass
@@ -88,14 +89,18 @@ class Args(Running, Data, Optimisation, Codebook, Method):
     """Every flag; those of `Running` (seed, device, resume, log, ...) stand in run.py."""
 
 
-LIMITS = {  # of numbers, which Run checks; all others must not be negative
-    "above_zero": ("epochs", "batch_size", "learning_rate", "codebook_size", "code_dim", "temperature", "cujp_splits",
-                   "cujp_permutations"),
+LIMITS = {  # which Run checks; other numbers must not be negative
+    "above_zero": ("epochs", "batch_size", "learning_rate", "codebook_size", "code_dim", "temperature", "cujp_splits"),
     "below_one": ("ema_decay", "mask_ratio"),
 }
 
 
 # ------------------------------------------------------------------------------------------------------------ encoders
+def cell_mean(x):
+    """Features as one vector per segment (B, T, d): maps (B, T, H, W, d) are averaged over their cells."""
+    return x.flatten(2, 3).mean(2) if x.ndim == 5 else x
+
+
 class SpatialPool(nn.Module):
     """Feature maps to vectors, (B, T, H, W, d) -> (B, T, d): a channel gate, then attention over the H * W cells."""
 
@@ -112,22 +117,26 @@ class SpatialPool(nn.Module):
         self.score = nn.Linear(hidden, 1)
 
     def forward(self, x):
+        """The gate is the same in all cells, so mean and weighted sum are gated after they are taken: that spares
+        passes over the map, which cost more than all else here."""
         x = x.flatten(2, 3)  # (B, T, H*W, d)
-        x = x + x * self.gate(x.mean(2, keepdim=True))
+        mean = x.mean(2)  # (B, T, d)
+        gate = 1 + self.gate(mean)
         if self.kind == "sum":
-            return x.sum(2)
-        # score of a cell = w.(relu(A mean x) * relu(Q x)) + b, the mean's factor folded into w
-        w = F.relu(self.mean_proj(x.mean(2))) * self.score.weight  # (B, T, hidden)
-        cells = self.cell_proj(x.flatten(0, 2)).relu_()  # (B*T*H*W, hidden): in place, but on a view that would copy
-        score = cells.unflatten(0, x.shape[:3]) @ w[..., None] + self.score.bias  # (B, T, H*W, 1)
-        return ((self.SHARPNESS[self.kind] * score.tanh()).softmax(2) * x).sum(2)
+            return x.shape[2] * gate * mean
+        # score of a cell: w.(relu(mean_proj(gate * mean)) * relu(cell_proj(gate * x))) + b; the query holds w
+        query = self.score.weight * F.relu(self.mean_proj(gate * mean))  # (B, T, hidden)
+        cells = F.relu(self.cell_proj(gate[:, :, None] * x))  # (B, T, H*W, hidden)
+        score = cells @ query[..., None] + self.score.bias  # (B, T, H*W, 1)
+        weight = (self.SHARPNESS[self.kind] * score.tanh()).softmax(2)
+        return gate * (weight.transpose(2, 3) @ x)[:, :, 0]
 
 
 class SemanticEncoder(nn.Module):
     """Phi_m: features (B, T, ...) -> semantic z (B, T, D), maps (B, T, H, W, d) pooled first.
 
-    The Transformer is given no positions: they alone would solve the losses that tell segments apart. Only the LSTM,
-    which reads text, knows of order. Raises InputError if the attention heads do not divide D."""
+    The Transformer is given no positions, as released: with them it could tell segments apart by number alone. Only
+    the LSTM, which reads text, knows of order. Raises InputError if the attention heads do not divide D."""
 
     def __init__(self, modality: str, shape: tuple, args: Args):
         super().__init__()
@@ -153,49 +162,9 @@ class SemanticEncoder(nn.Module):
         return self.transformer(self.proj(x))
 
 
-def to_channels_first(x):
-    """(B, T, H, W, d) -> (B*T, d, H, W): a view, in the channels-last layout that convolutions like."""
-    return x.flatten(0, 1).permute(0, 3, 1, 2)
-
-
-class Residual(nn.Module):
-    """(N, c, h, w) -> (N, c, h, w)"""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.block = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False),
-                                   nn.ReLU(), nn.Conv2d(width, width, 1, bias=False))
-
-    def forward(self, x):
-        return x + self.block(x)
-
-
-class SpecificEncoder(nn.Module):
-    """Psi_m, what only this modality knows: (B, T, d) -> (B, T, 256), or (B, T, H, W, d) -> (B*T, 2d, H-4, W-4).
-
-    No paper describes it; the releases have it (with twice the channels). Raises InputError on maps below 5 x 5."""
-
-    def __init__(self, shape: tuple):
-        super().__init__()
-        d = shape[-1]
-        self.is_map = len(shape) == 4
-        if self.is_map:
-            if min(shape[1:3]) < 5:
-                raise InputError(f"maps of {tuple(shape[1:3])} cells, at least 5 x 5 are needed")
-            self.width = 2 * d
-            self.net = nn.Sequential(nn.Conv2d(d, d, 3), nn.ReLU(), nn.Conv2d(d, 2 * d, 3), nn.ReLU(),
-                                     nn.Conv2d(2 * d, 2 * d, 1), Residual(2 * d), nn.ReLU())
-        else:
-            self.width = 256
-            self.net = nn.Sequential(nn.Linear(d, 256), nn.ReLU())
-
-    def forward(self, x):
-        return self.net(to_channels_first(x) if self.is_map else x)
-
-
 # ----------------------------------------------------------------------------------------------------------- quantizer
 def nearest_code(z, codebook):
-    """Index of the codeword at the smallest squared Euclidean distance: z (..., D), codebook (K, D) -> (...) int64.
+    """Index of the code at the smallest squared Euclidean distance: z (..., D), codebook (K, D) -> (...) int64.
 
     Computed in fp32 at least, also under autocast. Raises ValueError on shapes that do not fit."""
     require_shape("codebook", codebook, (-1, -1))
@@ -212,7 +181,7 @@ def nearest_code(z, codebook):
 def ema_update(ema_count, ema_sum, code_index, vectors, decay: float):
     """One joint EMA step over all the vectors: ema_count (K,), ema_sum (K, D), code_index (N,), vectors (N, D).
 
-    Returns new (ema_count, ema_sum, codebook); the Laplace-smoothed count divides and is never written back.
+    Returns new (ema_count, ema_sum, codebook); only the codebook is of smoothed counts.
     Raises ValueError on shapes that do not fit."""
     require_shape("ema_count", ema_count, (-1,))
     require_shape("ema_sum", ema_sum, (len(ema_count), -1))
@@ -233,7 +202,7 @@ def ema_update(ema_count, ema_sum, code_index, vectors, decay: float):
 def sample_rows(vectors, wanted: int, generator):
     """`wanted` of the rows in random order, each once before any twice: (..., n, D) -> (..., wanted, D)
 
-    Rows that come twice get small noise, or the second one could never be the nearest code."""
+    If rows must come twice, all get small noise: of two equal codes the second can never be the nearest."""
     n = vectors.shape[-2]
     order = torch.randperm(n, generator=generator, device=vectors.device)
     rows = vectors[..., order.repeat(wanted // n + 1)[:wanted], :]
@@ -244,13 +213,14 @@ def sample_rows(vectors, wanted: int, generator):
 
 def copies_of_live(codebook, dead, generator):
     """For each code a random one that is not dead, plus small noise: codebook (..., K, D), dead (K,) -> (..., K, D)"""
+    # the highest of random scores is a random choice; a dead code has the lowest
     scores = torch.rand(len(dead), len(dead), generator=generator, device=dead.device).masked_fill(dead, -1)
     copies = codebook[..., scores.argmax(1), :]
     return copies + 1e-3 * torch.randn(copies.shape, generator=generator, device=dead.device)
 
 
 class Quantizer(nn.Module):
-    """One codebook for all modalities, moved by EMA; dead codes get a new place, and their EMA statistics with them."""
+    """One codebook for all modalities, moved by EMA; dead codes are set anew, and their EMA statistics with them."""
 
     def __init__(self, modalities: list, args: Args):
         super().__init__()
@@ -285,14 +255,15 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def init_from_batch(self, z: dict, generator) -> None:
-        """Data-dependent start: the codebook becomes paired encoder outputs of the first batch."""
-        self.codebook.copy_(self.new_codes(z, "paired", generator))
-        self.ema_sum.copy_(self.codebook)
+        """Data-dependent start: the codebook becomes encoder outputs of the first batch."""
+        if self.args.codebook_init != "uniform":
+            self.codebook.copy_(self.new_codes(z, self.args.codebook_init, generator))
+            self.ema_sum.copy_(self.codebook)
 
     @torch.no_grad()
     def update(self, z: dict, code_index: dict, ema_input: dict, generator) -> None:
-        """Once per step, all {m: (B, T, ...)}: each code moves towards the mean of the `ema_input` at the segments that
-        chose it, then dead codes are reset to outputs z."""
+        """Once per step: each code moves towards the mean of the `ema_input` at the segments that chose it, then dead
+        codes become outputs z. z, ema_input {m: (B, T, D)}, code_index {m: (B, T)}"""
         index = torch.stack(list(code_index.values())).flatten(1)  # (M, N)
         vectors = torch.stack(list(ema_input.values())).flatten(0, -2)  # (M * N, D)
         decay = self.args.ema_decay
@@ -307,12 +278,12 @@ class Quantizer(nn.Module):
             self.reset(z, generator)
 
     def reset(self, z: dict, generator) -> None:
-        """Give dead codes a new place, and the statistics of a code that one vector has chosen; z {m: (B, T, D)}"""
+        """Dead codes become what `reset_source` says, with a count of 1 and themselves as sum; z {m: (B, T, D)}"""
         unused = self.steps_since_used >= self.args.reset_after  # (M, K)
         dead = unused.any(0) if self.args.reset_rule == "unshared" else unused.all(0)  # (K,)
         if self.args.reset_source == "live":
             new = copies_of_live(self.codebook, dead, generator)
-            dead = dead & ~dead.all()  # there must be one to copy
+            dead = dead & ~dead.all()  # if all are dead there was none to copy: reset none
         else:
             new = self.new_codes(z, self.args.reset_source, generator)
         self.codebook.copy_(torch.where(dead[:, None], new, self.codebook))
@@ -322,49 +293,35 @@ class Quantizer(nn.Module):
         self.resets += dead.sum()
 
 
-QUANTIZER = Quantizer  # what a Model of this method is built with
+QUANTIZER = Quantizer  # the one of this method, for Model, whose text all scripts share
 
 
-# ------------------------------------------------------------------------------------------------------------ decoders
-class Decoder(nn.Module):
-    """D_m: [code ; specific] -> features. code (B, T, width), specific as SpecificEncoder gives it -> (B, T, ...)"""
-
-    def __init__(self, shape: tuple, code_width: int):
-        super().__init__()
-        d = shape[-1]
-        self.is_map = len(shape) == 4
-        if self.is_map:
-            self.mix = nn.Conv2d(code_width + 2 * d, 2 * d, 1)
-            self.net = nn.Sequential(Residual(2 * d), nn.ReLU(), nn.ConvTranspose2d(2 * d, d, 3), nn.ReLU(),
-                                     nn.ConvTranspose2d(d, d, 3))
-        else:
-            self.mix = nn.Linear(code_width + 256, 256)
-            self.net = nn.Sequential(nn.ReLU(), nn.Linear(256, d))
-
-    def forward(self, code, specific):
-        if not self.is_map:
-            return self.net(self.mix(torch.cat([code, specific], -1)))
-        b, t = code.shape[:2]
-        for_code, for_specific = self.mix.weight.tensor_split((code.shape[2],), 1)
-        plane = F.linear(code.flatten(0, 1), for_code[..., 0, 0])[..., None, None]  # once, being alike in all cells
-        x = self.net(F.conv2d(specific, for_specific, self.mix.bias) + plane)  # (B*T, d, H, W)
-        return x.permute(0, 2, 3, 1).unflatten(0, (b, t))  # (B, T, H, W, d)
-
-
+# -------------------------------------------------------------------------------------------------------------- models
 class Model(nn.Module):
-    """Encoders, codebook and decoders of every modality; `shape` is {m: (T, d) or (T, H, W, d)}."""
+    """What a probe needs: an encoder for each modality of `shape` {m: (T, d) or (T, H, W, d)}, and the codebook."""
 
     def __init__(self, shape: dict, args: Args):
         super().__init__()
         self.semantic = nn.ModuleDict({m: SemanticEncoder(m, s, args) for m, s in shape.items()})
-        self.specific = nn.ModuleDict({m: SpecificEncoder(s) for m, s in shape.items()})
         self.quantizer = QUANTIZER(list(shape), args)
-        self.decoder = nn.ModuleDict({m: Decoder(s, self.quantizer.width) for m, s in shape.items()})
+
+
+def encode(model: Model, features, modality: str):
+    """What a probe reads: features (N, T, ...) -> quantized (N, T, width), code_index (N, T)"""
+    z = model.semantic[modality].forward(features)  # uncompiled: probes bring many sizes
+    return model.quantizer.encode(z, modality)
+
+
+def decoder(inputs: int, outputs: int):
+    """D_m of Eq. 7: code (B, T, inputs) -> features (B, T, outputs). For a map the target is the mean of its cells: one
+    vector for all cells can match no more of them."""
+    return nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, outputs))
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
 def commitment_loss(z: dict, code_index: dict, codebook):
-    """Eq. 7, right: sum over modalities of mean (z_m - sg[e(k_m)])^2; z {m: (B, T, D)}, codebook (K, D) -> ()"""
+    """Eq. 7, right: sum over modalities of mean (z_m - sg[e(k_m)])^2, sg being no gradient; z {m: (B, T, D)},
+    code_index {m: (B, T)}, codebook (K, D) -> ()"""
     return sum(F.mse_loss(z[m], F.embedding(code_index[m], codebook).detach()) for m in z)
 
 
@@ -392,7 +349,7 @@ def fcmi_loss(z: dict, mask, temperature: float, similarity: str = "dot"):
         require_shape("z", other, first.shape)
     masks = mask if isinstance(mask, dict) else dict.fromkeys(z, mask)
     for m in z:
-        fits = [have if have in (1, want) else want for have, want in zip(masks[m].shape, first.shape)]
+        fits = [-1 if have == 1 else want for have, want in zip(masks[m].shape, first.shape)]
         require_shape("mask", masks[m], fits)
     query = torch.stack([masks[m] * z[m] for m in z])[:, None]  # (M, 1, B, T, D)
     whole = torch.stack(list(z.values()))[None]  # (1, M, B, T, D)
@@ -430,12 +387,13 @@ class CUJP(nn.Module):
     def __init__(self, code_dim: int, splits: int, permutations: int, seed: int):
         super().__init__()
         if code_dim % splits:
-            raise InputError(f"--cujp-splits {splits}: must divide the width of a code, {code_dim}")
+            raise InputError(f"{splits} parts do not divide a code of width {code_dim}")
         if not 1 <= permutations <= math.factorial(splits):
             raise ValueError(f"permutations {permutations} is not in 1..{splits}! = {math.factorial(splits)}")
+        self.code_dim = code_dim
         self.splits = splits
         rng = random.Random(seed)
-        distinct = {}  # in the order drawn; listing all O! would never end
+        distinct = {}  # in the order drawn; listing all O! would take too long
         while len(distinct) < permutations:
             distinct[tuple(rng.sample(range(splits), splits))] = None
         self.register_buffer("permutations", torch.tensor(list(distinct)))  # (P, O)
@@ -447,67 +405,36 @@ class CUJP(nn.Module):
 
         quantized {m: (B, T, D)}; modality (N, O) int64: which one gives each part of each vector; permutation (N, S)
         int64: under which of the P it is shown -> (). Raises ValueError on shapes that do not fit."""
-        parts = torch.stack(self.rows_of(quantized, self.hidden.in_features)).unflatten(-1, (self.splits, -1))
-        require_shape("modality", modality, parts.shape[1:3])  # parts (M, N, O, w)
-        number = torch.arange(len(parts), device=parts.device)
-        chosen = modality == number[:, None, None]  # (M, N, O) one-hot
-        return self.loss((parts * chosen[..., None]).sum(0), permutation)
-
-    def rows_of(self, quantized: dict, width: int) -> list:
-        """[(N, width) for each modality]. Raises ValueError on shapes that differ or another width."""
-        first = next(iter(quantized.values()))
+        b, t = next(iter(quantized.values())).shape[:2]
         for q in quantized.values():
-            require_shape("quantized", q, (*first.shape[:-1], width))
-        return [q.flatten(0, -2) for q in quantized.values()]
-
-    def loss(self, parts, permutation):
-        """parts (N, O, w), permutation (N, S) -> ()"""
-        n, o = parts.shape[:2]
-        require_shape("permutation", permutation, (n, -1))
-        row = torch.arange(n, device=parts.device)[:, None, None] * o + self.permutations[permutation]  # (N, S, O)
-        shuffled = F.embedding(row, parts.flatten(0, 1)).flatten(0, 1).flatten(1)  # (N*S, O*w)
-        logits = self.classify(F.relu(self.hidden(shuffled)))  # (N*S, P)
+            require_shape("quantized", q, (b, t, self.code_dim))
+        require_shape("modality", modality, (b * t, self.splits))
+        require_shape("permutation", permutation, (b * t, -1))
+        vectors = torch.stack(list(quantized.values())).flatten(1, 2)  # (M, N, D)
+        parts = vectors.unflatten(-1, (self.splits, -1))  # (M, N, O, w)
+        chosen = modality == torch.arange(len(parts), device=parts.device)[:, None, None]  # (M, N, O) one-hot
+        mixed = (parts * chosen[..., None]).sum(0)  # (N, O, w), each part of the modality chosen for it
+        # Shuffle by reading rows of a table of all parts, (N * O, w): vector n begins at row n * O.
+        row = self.splits * torch.arange(b * t, device=parts.device)[:, None, None] + self.permutations[permutation]
+        shuffled = F.embedding(row, mixed.flatten(0, 1))  # (N, S, O, w)
+        shuffled = shuffled.flatten(0, 1).flatten(1)  # (N * S, D)
+        logits = self.classify(F.relu(self.hidden(shuffled)))  # (N * S, P)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), permutation.flatten())
 
 
-class MMJP(CUJP):
-    """Multimodal jigsaw puzzles (Dong et al.): the parts of all modalities are permuted together, H reads M * D."""
-
-    def __init__(self, code_dim: int, splits: int, permutations: int, seed: int, num_modalities: int):
-        super().__init__(num_modalities * code_dim, num_modalities * splits, permutations, seed)
-        self.code_dim = code_dim
-
-    def forward(self, quantized: dict, modality, permutation):
-        """As CUJP, but `modality` is not read: every part is there once."""
-        parts = torch.cat(self.rows_of(quantized, self.code_dim), -1).unflatten(-1, (self.splits, -1))  # (N, M*O, w)
-        return self.loss(parts, permutation)
+def mmjp_input(quantized: dict) -> dict:
+    """Multimodal jigsaw puzzles (MMJP, Dong et al. 2024) permute the parts of all modalities together: CUJP of a single
+    modality, whose codes are all codes of a segment side by side. {m: (B, T, D)} -> {"all": (B, T, M * D)}"""
+    return {"all": torch.cat(list(quantized.values()), -1)}
 
 
-def make_jigsaw(num_modalities: int, args: Args):
-    """CUJP or MMJP with P = min(O!, --cujp-permutations) permutations"""
-    if args.jigsaw == "cujp":
-        permutations = min(math.factorial(args.cujp_splits), args.cujp_permutations)
-        return CUJP(args.code_dim, args.cujp_splits, permutations, args.seed)
-    permutations = min(math.factorial(args.cujp_splits * num_modalities), args.cujp_permutations)
-    return MMJP(args.code_dim, args.cujp_splits, permutations, args.seed, num_modalities)
-
-
-def draw_puzzles(code_index: dict, jigsaw: CUJP, args: Args, generator):
-    """For each of the N vectors of a batch the modality of its parts (N, O), and S permutations (N, S), all P of them
-    if --cujp-samples is 0; code_index {m: (B, T)}"""
-    n = next(iter(code_index.values())).numel()
+def draw_puzzles(jigsaw: CUJP, vectors: int, num_modalities: int, samples: int, generator):
+    """Of each of N `vectors` the modality of each part (N, O), and S `samples` of permutations (N, S); 0: all P."""
     p, o = jigsaw.permutations.shape
-    modality = torch.randint(len(code_index), (n, o), generator=generator, device=generator.device)
-    if args.cujp_samples == 0:
-        return modality, torch.arange(p, device=generator.device).expand(n, p)
-    return modality, torch.randint(p, (n, args.cujp_samples), generator=generator, device=generator.device)
-
-
-# ------------------------------------------------------------------------------------------------------------ encoding
-def encode(model: Model, features, modality: str):
-    """What a probe reads: features (N, T, ...) -> quantized (N, T, width), code_index (N, T)"""
-    z = model.semantic[modality].forward(features)  # not a call: --compile would compile every size a probe brings
-    return model.quantizer.encode(z, modality)
+    modality = torch.randint(num_modalities, (vectors, o), generator=generator, device=generator.device)
+    if samples == 0:
+        return modality, torch.arange(p, device=generator.device).expand(vectors, p)
+    return modality, torch.randint(p, (vectors, samples), generator=generator, device=generator.device)
 
 
 # -------------------------------------------------------------------------------------------------------- main program
@@ -519,20 +446,28 @@ if __name__ == "__main__":
     # ---- data
     features = Features(args.data, args.runs_dir)
     shape = features.shapes(args.modalities)  # {m: (T, d) or (T, H, W, d)}
-    plan = probes.Plan(features, shape, device)  # says before training what could not be probed after it
+    plan = probes.Plan(features, shape, device)  # fails now if the probes after training could not run
     batches = Batches(features, shape, "train", args.batch_size, device, args.seed, args.features_on)
 
     # ---- networks and their optimizer
-    model = Model(shape, args).to(device)
+    model = Model(shape, args)
     networks = nn.ModuleDict({"model": model})
+    segments = features.files[0].segments  # T
     if args.compile:
-        for network in (*model.semantic.values(), *model.specific.values(), *model.decoder.values()):
+        for network in model.semantic.values():
             network.compile(dynamic=False)
     # ============================================================================================================= MICU
-    networks["jigsaw"] = make_jigsaw(len(shape), args).to(device)
-    generators = {name: run.generator(name) for name in ("reset", "mask", "jigsaw")}
-    more_state = {}
+    networks["decoder"] = nn.ModuleDict({m: decoder(args.code_dim, s[-1]) for m, s in shape.items()})
+    if args.code_dim % args.cujp_splits:
+        raise InputError(f"--cujp-splits {args.cujp_splits}: must divide --code-dim {args.code_dim}")
+    side_by_side = 1 if args.jigsaw == "cujp" else len(shape)  # modalities in one puzzle
+    splits = side_by_side * args.cujp_splits
+    permutations = min(math.factorial(splits), 256)  # P
+    networks["jigsaw"] = CUJP(side_by_side * args.code_dim, splits, permutations, args.seed)
+    generators = {name: run.generator(name) for name in ("codebook", "mask", "jigsaw")}
+    more_state = {}  # of other optimizers
     # ====================================================================================================== end of MICU
+    networks.to(device)
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.learning_rate, fused=True)
     step = run.restore(features, shape, generators, networks=networks, optimizer=optimizer, **more_state)
     evaluate = partial(plan.evaluate, model, encode, args.codebook_size)
@@ -546,48 +481,53 @@ if __name__ == "__main__":
         z = {m: all_gather(v.float()) for m, v in z.items()}  # {m: (B, T, D)}
 
         # Quantise: the codes of all clips, and those of this process's clips for what is computed clip by clip.
-        if step == 0 and args.codebook_init == "data":
-            model.quantizer.init_from_batch(z, generators["reset"])
+        if step == 0:
+            model.quantizer.init_from_batch(z, generators["codebook"])
         quantized, code_index = model.quantizer(z)  # {m: (B, T, width)}, {m: (B, T)}
         own = {m: local_rows(q) for m, q in quantized.items()}
 
-        # Reconstruct the features from the code and a modality-specific part.
-        with autocast():
-            specific = {m: model.specific[m](x) for m, x in batch.items()}
-            decoded = {m: model.decoder[m](own[m], specific[m]) for m in batch}
-        recon = sum(F.mse_loss(decoded[m].float(), x) for m, x in batch.items())
-
         # ========================================================================================================= MICU
+        target = {m: cell_mean(x) for m, x in batch.items()}  # {m: (B, T, d)}
+        with autocast():
+            decoded = {m: networks["decoder"][m](own[m]) for m in batch}
+        recon = sum(F.mse_loss(decoded[m].float(), target[m]) for m in batch)  # Eq. 7, left
         commitment = commitment_loss(z, code_index, model.quantizer.codebook)  # Eq. 7, right
+
         mask = draw_mask(z, args, generators["mask"])
         fine, coarse = fcmi_loss(z, mask, args.temperature, args.similarity)  # Eq. 4, Eq. 5
-        modality, permutation = draw_puzzles(code_index, networks["jigsaw"], args, generators["jigsaw"])
+
+        pieces = own if args.jigsaw == "cujp" else mmjp_input(own)
+        modality, permutation = draw_puzzles(networks["jigsaw"], args.batch_size * segments, len(pieces),
+                                             args.cujp_samples, generators["jigsaw"])
         with autocast():
-            cujp = networks["jigsaw"](own, local_rows(modality), local_rows(permutation))
+            cujp = networks["jigsaw"](pieces, local_rows(modality), local_rows(permutation))  # section 3.3
+
         # Eq. 8; lambda_1 is split in two, lambda_3 and lambda_4 are 1
         loss = recon + commitment + args.lambda_fine * fine + args.lambda_coarse * coarse + args.lambda_cujp * cujp
         losses = {"recon": recon, "commitment": commitment, "fcmi_fine": fine, "fcmi_coarse": coarse, "cujp": cujp}
         ema_input = time_aligned(z) if args.mm_ema else z
-        charts = lambda: probes.codebook_health(model.quantizer, code_index)
         # ================================================================================================== end of MICU
 
-        # Update the networks by gradient, then the codebook by moving averages; processes stay equal by averaging.
+        # Update the networks by gradient, then the codebook by moving averages. Averages over processes: of gradients
+        # because each has its own clips, of the codebook so that rounding cannot drive the processes apart.
         optimizer.zero_grad()
         loss.backward()
         average_over_processes(p.grad for p in networks.parameters())
-        grad_norm = nn.utils.clip_grad_norm_(networks.parameters(), 0.5)
+        grad_norm = nn.utils.clip_grad_norm_(networks.parameters(), 0.5)  # as released, but over all parts at once
         optimizer.step()
-        model.quantizer.update(z, code_index, ema_input, generators["reset"])
+        model.quantizer.update(z, code_index, ema_input, generators["codebook"])
         average_over_processes(model.quantizer.buffers())
         step += 1
 
-        run.log(step, losses | {"total": loss}, lambda: {**charts(), "charts/grad_norm": grad_norm})
-        if run.checkpoint(step):
+        health = partial(probes.codebook_health, model.quantizer, code_index)  # called when a line of the log is due
+        run.log(step, losses | {"total": loss}, grad_norm, health)
+        should_stop = run.checkpoint(step)
+        if should_stop:
             sys.exit(run.exit_code)
 
     # ---- evaluation
     if RANK == 0:
         tags, selections = evaluate()
-        pictures.show_codebook(run.writer, model.quantizer.codebook, selections, step, probes.SHARE)
+        probes.show_codebook(run.writer, model.quantizer.codebook, selections, step)
         run.finish(step, tags)
-        print(f"{probes.table(tags)}\nrun folder: {run.folder}")
+        print(f"{probes.table(tags, probes.SCORES)}\nrun folder: {run.folder}")

@@ -5,10 +5,9 @@
     python probes.py RUN --tasks open_set --known 3 5 7 0,2,4 --score energy
     python probes.py RUN ucf.h5 --target vgg.h5 --class-map "playing cello=PlayingCello"    tested on another file
 
-Encoder in eval mode, last probe epoch, open-set threshold from held-out clips of the *source* modality: nothing is
-chosen with test labels (what the released scripts compute instead: `python -m official.protocol RUN`). The model comes
-in as a module and a function `encode(model, features, modality) -> (quantized (N, T, D), code_index (N, T))`, one
-vector a code; this file knows nothing of the methods.
+The encoder is in eval mode, a probe that of its last epoch, the open-set threshold from held-out clips of the *source*
+modality: nothing is chosen with test labels (what the released scripts do: `python -m official.protocol RUN`). A model
+comes with `encode(model, features, modality) -> (quantized (N, T, D), code_index (N, T))`, one vector a code.
 """
 import hashlib
 import importlib
@@ -16,6 +15,7 @@ import itertools
 import json
 import math
 import sys
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,18 +29,18 @@ import torch.nn.functional as F
 import tyro
 
 from data import NOT_ANNOTATED, Features
-from run import InputError, explain_input_errors, first_line, pick_device, require_shape
+from pictures import SHARE, show_codebook, table  # noqa: F401: scripts take them from here
+from run import RANK, InputError, explain_input_errors, first_line, pick_device, require_shape
 
 SCRIPTS = ("uni_code", "micu", "codaar")  # the only modules that a checkpoint may name
-TASKS = ("classification", "localization", "open_set", "retrieval", "x_retrieval", "segmentation")
 DEFAULT_TASKS = ("classification", "open_set")  # as far as the clips allow
+BY_CLASS = {"classification", "open_set", "localization"}  # tasks for which source and target need classes in common
 SCORES = ("softmax", "logit", "energy", "distance")  # by which unknown clips may be told from known ones
 EPOCHS, LEARNING_RATE, BATCH_SIZE = 5, 4e-4, 80  # of the probes; by then the held-out source loss has levelled
 REJECT = 0.05  # share of held-out known source clips that the open-set threshold rejects
 RANKS = (1, 5, 10)  # of retrieval
 TEMPERATURE = 0.1  # of the map that x_retrieval learns
 MASK_EPOCHS, MASK_LEARNING_RATE, MASK_FRAMES = 10, 3e-3, 3  # of the segmentation decoder; frames of a clip a step
-SHARE = 0.1  # a modality shares a code if it makes at least this part of the code's selections
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -54,12 +54,12 @@ def accuracy(prediction, target) -> dict:
 
 def open_set_metrics(confidence, prediction, target, num_known: int, threshold: float) -> dict:
     """OS*, UNK and HOS (MICU 4.1); all (N,), target >= num_known is unknown, confidence < threshold is rejected.
-
     `os_star`: share of the known clips accepted and classified right, `os_star_class_mean`: its mean over the known
     classes present; `unk`: share of the unknown clips rejected; `hos`: their harmonic mean. 0 of nothing."""
     for tensor in (confidence, prediction, target):
         require_shape("one of confidence, prediction, target", tensor, (len(target),))
-    known, accepted = target < num_known, confidence >= threshold
+    known = target < num_known
+    accepted = confidence >= threshold
     right = (accepted & (prediction == target)).double()
     per_class = [right[target == c].mean() for c in target[known].unique()]
     os_star = right[known].mean().nan_to_num().item()
@@ -88,8 +88,8 @@ def auroc(score_positive, score_negative) -> float:
 
 
 def segment_metrics(scores, target, threshold: float = 0.5) -> dict:
-    """Pooled precision, recall and F1 of multi-hot labels; scores and target (..., C), score > threshold predicts; 0 of
-    nothing. Raises ValueError on unequal shapes."""
+    """Pooled precision, recall and F1, 0 of nothing, of multi-hot labels; scores and target (..., C), a score above the
+    threshold predicts. Raises ValueError on unequal shapes."""
     require_shape("target", target, scores.shape)
     predicted, true = scores > threshold, target > 0.5
     hits = (predicted & true).sum().item()
@@ -106,7 +106,7 @@ def constant_f1(target) -> dict:
 
 def recall_at_k(query, database, query_group, database_group, k: int) -> float:
     """Share of queries with an item of their group among the k nearest by cosine; (Q, D), (N, D), (Q,), (N,). Raises
-    ValueError on shapes that do not fit."""
+    ValueError on other shapes."""
     require_shape("query", query, (-1, -1))
     require_shape("database", database, (-1, query.shape[1]))
     require_shape("query_group", query_group, (len(query),))
@@ -120,10 +120,10 @@ def recall_at_k(query, database, query_group, database_group, k: int) -> float:
 
 def chance(query_group, database_group, k: int) -> float:
     """`recall_at_k` of a random order, (Q,) and (N,): mean of 1 - C(N - g, k) / C(N, k), g items of N being right."""
-    size = len(database_group)
+    size, drawn = len(database_group), torch.arange(k)[:, None]
     right = (query_group[:, None] == database_group).double().sum(1)  # (Q,)
-    miss = [(size - right - i).clamp(min=0) / (size - i) for i in range(k)]
-    return (1 - torch.stack(miss).prod(0)).mean().item()
+    miss = (size - right - drawn).clamp(min=0) / (size - drawn)  # (k, Q)
+    return (1 - miss.prod(0)).mean().item()
 
 
 def mask_iou(probability, target):
@@ -131,7 +131,8 @@ def mask_iou(probability, target):
     left empty. Raises ValueError on unequal shapes."""
     require_shape("probability", probability, (*probability.shape[:-2], -1, -1))
     require_shape("target", target, probability.shape)
-    predicted, true = [x.reshape(-1, x.shape[-2] * x.shape[-1]) > 0.5 for x in (probability, target)]  # (frames, H * W)
+    predicted = probability.reshape(-1, *target.shape[-2:]).flatten(1) > 0.5  # (frames, H * W)
+    true = target.reshape(-1, *target.shape[-2:]).flatten(1) > 0.5
     overlap = (predicted & true).sum(1) / (predicted | true).sum(1).clamp(min=1).double()
     return torch.where(true.any(1), overlap, (~predicted).double().mean(1))
 
@@ -142,9 +143,9 @@ def mask_curve(probability, target):
     at_once = 1 + 4_000_000 // pixels  # frames
     thresholds = torch.linspace(0, 1 - 1e-10, 255, dtype=torch.double, device=probability.device)
     curves = [torch.zeros(0, 255)]
-    for p, true in zip(probability.reshape(-1, pixels).split(at_once), target.reshape(-1, pixels).split(at_once)):
-        drawn = (true > 0.5).any(1)
-        p, true = p[drawn].double(), (true[drawn] > 0.5).double()
+    target = (target > 0.5).reshape(-1, pixels)
+    for p, true in zip(probability.reshape(-1, pixels).split(at_once), target.split(at_once)):
+        p, true = p[true.any(1)].double(), true[true.any(1)].double()
         # how many thresholds each pixel reaches, then for each threshold how many pixels reach it
         reached, none = torch.bucketize(p, thresholds, right=True), p.new_zeros(len(p), 256)
         found = none.scatter_add(1, reached, torch.ones_like(p)).flip(1).cumsum(1).flip(1)[:, 1:]
@@ -164,22 +165,27 @@ def code_sharing(counts, share: float) -> dict:
     """Of the codes in use, the parts shared by 1..M modalities: counts (M, K) selections; a modality has a code if it
     makes at least `share` of its selections. `shared_i` counts codes, `weighted_i` their selections (MICU, Fig. 6)."""
     require_shape("counts", counts, (-1, -1))
-    total, ways = counts.sum(0).double(), range(1, len(counts) + 1)
+    total, figures = counts.sum(0).double(), {}
     owners = ((counts / total >= share) & (total > 0)).sum(0)  # (K,) modalities sharing each code, 0 if unused
-    shared = {f"shared_{i}": ((owners == i).sum() / (total > 0).sum().clamp(min=1)).item() for i in ways}
-    return shared | {f"weighted_{i}": (total[owners == i].sum() / total.sum().clamp(min=1)).item() for i in ways}
+    for i in range(1, len(counts) + 1):
+        figures[f"shared_{i}"] = ((owners == i).sum() / (total > 0).sum().clamp(min=1)).item()
+        figures[f"weighted_{i}"] = (total[owners == i].sum() / total.sum().clamp(min=1)).item()
+    return figures
 
 
 def codebook_metrics(code_index: dict, codebook_size: int):
     """Health of the code: {m: (N, T) int} -> (tags, selections {m: (K,)}). Agreement is over pairs of modalities."""
-    counts = torch.stack([index.flatten().bincount(minlength=codebook_size) for index in code_index.values()]).cpu()
-    entropy = torch.special.entr(counts.double() / counts.sum(1, keepdim=True)).sum(1)
-    tags = {f"used_{m}": (row > 0).sum().item() for m, row in zip(code_index, counts)}
-    tags |= {f"perplexity_{m}": h.exp().item() for m, h in zip(code_index, entropy)}
+    tags, selections = {}, {}
+    for m, index in code_index.items():
+        counts = index.flatten().bincount(minlength=codebook_size).cpu()
+        tags[f"used_{m}"] = (counts > 0).sum().item()
+        tags[f"perplexity_{m}"] = torch.special.entr(counts.double() / counts.sum()).sum().exp().item()
+        selections[m] = counts
     agreement = [(a == b).double().mean() for a, b in itertools.combinations(code_index.values(), 2)]
     if agreement:  # a file of one modality has none
-        tags |= {"agreement": torch.stack(agreement).mean().item(), **code_sharing(counts, SHARE)}
-    return tags, dict(zip(code_index, counts))
+        tags["agreement"] = torch.stack(agreement).mean().item()
+        tags |= code_sharing(torch.stack(list(selections.values())), SHARE)
+    return tags, selections
 
 
 @torch.no_grad()
@@ -213,28 +219,35 @@ class Codes:
     def __len__(self):
         return len(self.index)
 
+    def each(self, function):
+        """`function` of the vector of every segment (N, T, ...), worked out once for each code that occurs."""
+        used, index = self.index.unique(return_inverse=True)
+        return F.embedding(index, function(self.rows[used]))
+
     def mean(self, where=True):
         """Mean code of each clip (N, D), over the segments `where` (N, T) if given; over all of a clip without any."""
         where = torch.ones_like(self.index, dtype=torch.bool) & where
         where = where | ~where.any(1, keepdim=True)
-        parts = zip(self.index.split(1000), (where / where.sum(1, keepdim=True)).split(1000))
-        return torch.cat([(weight[:, None] @ F.embedding(index, self.rows))[:, 0] for index, weight in parts])
+        weight, means = where / where.sum(1, keepdim=True), []
+        for i in range(0, len(self), 1000):
+            means.append((weight[i:i + 1000, None] @ F.embedding(self.index[i:i + 1000], self.rows))[:, 0])
+        return torch.cat(means)
 
 
 @torch.no_grad()
-def read_codes(model, encode, features: Features, modality: str, clips, codebook_size: int, device) -> Codes:
-    """The codes of the clips with these numbers, encoded in the model's present mode."""
-    rows, parts = None, []
+def read_codes(model, encode, features: Features, modality: str, clips, codebook_size: int, device, rows=None) -> Codes:
+    """The codes of the clips with these numbers, encoded in the model's present mode; `rows`: those known so far."""
+    index = []
     for i in range(0, len(clips), 200):
         x = torch.from_numpy(features.read(modality, clips[i:i + 200])).to(device).float()
         if not x.isfinite().all():
             raise InputError(f"NaN or infinity in {modality}: python data.py check FILE says where")
-        quantized, index = encode(model, x, modality)
+        quantized, batch = encode(model, x, modality)
         if rows is None:
             rows = quantized.new_zeros(codebook_size, quantized.shape[-1])
-        rows[index.flatten()] = quantized.flatten(0, 1)  # a code is one vector
-        parts.append(index)
-    return Codes(rows, torch.cat(parts))
+        rows[batch.flatten()] = quantized.flatten(0, 1)  # a code is one vector
+        index.append(batch)
+    return Codes(rows, torch.cat(index))
 
 
 class ClipProbe(nn.Module):
@@ -245,25 +258,21 @@ class ClipProbe(nn.Module):
         self.hidden, self.classify = nn.Linear(width, width), nn.Linear(width, classes)
 
     def forward(self, codes):
-        used, index = codes.index.unique(return_inverse=True)
-        return self.classify(F.embedding(index, self.hidden(codes.rows[used])).amax(1))
+        return self.classify(codes.each(self.hidden).amax(1))
 
     def loss(self, codes, target):
         return F.cross_entropy(self(codes), target)
 
 
 class SegmentProbe(nn.Module):
-    """Codes of B clips -> logits (B, T, C + 1) of every segment on its own, the last one of background: linear layers
-    of these widths, then one of C + 1."""
+    """Codes of B clips -> logits (B, T, C + 1) of every segment on its own, the last one of background: two layers."""
 
-    def __init__(self, width: int, classes: int, widths: tuple):
+    def __init__(self, width: int, classes: int):
         super().__init__()
-        sizes = (width, *widths, classes + 1)
-        self.layers = nn.Sequential(*(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])))
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.Linear(width, classes + 1))
 
     def forward(self, codes):
-        used, index = codes.index.unique(return_inverse=True)
-        return F.embedding(index, self.layers(codes.rows[used]))
+        return codes.each(self.layers)
 
     def loss(self, codes, target):
         return F.binary_cross_entropy_with_logits(self(codes), target)
@@ -295,130 +304,81 @@ class ProbeTraining:
         return torch.cat([self.probe(codes[i:i + 1000]) for i in range(0, len(codes), 1000)])
 
 
+def train_probe(Probe, classes: int, codes: Codes, target) -> ProbeTraining:
+    """A clean probe, ClipProbe or SegmentProbe, after EPOCHS passes over the codes of N clips, target (N, ...)"""
+    training = ProbeTraining(partial(Probe, codes.rows.shape[-1], classes), target.device)
+    for _ in range(EPOCHS):
+        training.epoch(codes, target)
+    return training
+
+
 def known_scores(logits, codes: Codes, seen: Codes) -> dict:
     """How much clips look like known ones, by each of SCORES: logits (N, C), their codes, those trained on -> {(N,)}.
     `distance`: that of a segment's codeword to the nearest one seen in training, mean over the segments, negated."""
-    used, index = codes.index.unique(return_inverse=True)
-    far = torch.cdist(codes.rows[used], seen.rows[seen.index.unique()],
-                      compute_mode="donot_use_mm_for_euclid_dist").amin(1)  # exactly 0 from itself
+    taught = seen.rows[seen.index.unique()]
+
+    def nearest(rows):  # exactly 0 from itself
+        return torch.cdist(rows, taught, compute_mode="donot_use_mm_for_euclid_dist").amin(1, keepdim=True)
     return {"softmax": logits.softmax(-1).amax(-1), "logit": logits.amax(-1), "energy": logits.logsumexp(-1),
-            "distance": -far[index].mean(-1)}
+            "distance": -codes.each(nearest)[..., 0].mean(-1)}
 
 
-# --------------------------------------------------------------------------------------------- what probes see of files
-class ProbeSet:
-    """Clips of a source or a target as probes see them: labels by the numbers of `classes`, all others being number C;
-    codes, when asked for. `names` renames the file's classes."""
-
-    def __init__(self, features: Features, classes: list, names: dict, device):
-        number = {name: i for i, name in enumerate(classes)}
-        place = [number.get(names.get(name, name), len(classes)) for name in features.classes]
-        self.features, self.device, self.num_classes = features, device, len(classes)
-        self.place = np.array([*place, -1])  # the last one of clips without a label, -1
-        self.label = torch.from_numpy(self.place[features.label]).to(device)  # (N,)
-
-    def encode_with(self, read) -> None:
-        """Forget all codes; from now on `read(features, modality, clips) -> Codes` makes them."""
-        self.read, self.known_codes = read, {}
-
-    def codes(self, modality: str, clips) -> Codes:
-        """Codes of these clips; each clip is encoded once."""
-        if modality not in self.known_codes:
-            index = torch.full((len(self.label), self.features.shape[modality][0]), -1, device=self.device)
-            self.known_codes[modality] = Codes(None, index)
-        kept = self.known_codes[modality]
-        new = clips[(kept.index[clips, 0] < 0).cpu().numpy()]
-        if len(new):
-            fresh = self.read(self.features, modality, new)
-            used = fresh.index.unique()
-            kept.rows = torch.zeros_like(fresh.rows) if kept.rows is None else kept.rows
-            kept.rows[used], kept.index[new] = fresh.rows[used], fresh.index
-        return kept[clips]
-
-
+# --------------------------------------------------------------------------------------------------- clips and the plan
 @dataclass
-class Part:
-    """Some clips of a set, what a probe trains or is tested on; label (n,): C of unknown classes, -1 without."""
-    of: ProbeSet
-    clips: np.ndarray
+class Clips:
+    """Clips number `index` (n,) of a source or a target, whose files' classes are `names` in the words of the source.
+    `label` (n,): place among the C `classes` that a probe knows, C of any other class, -1 without a label."""
+    features: Features
+    index: np.ndarray
+    names: list
+    classes: list
+    device: torch.device
 
     def __post_init__(self):
-        self.features, self.label = self.of.features, self.of.label[self.clips]
+        place = [self.classes.index(name) if name in self.classes else len(self.classes) for name in self.names]
+        self.place = np.array([*place, -1])  # the last one of clips without a label
+        self.label = torch.from_numpy(self.place[self.features.label[self.index]]).to(self.device)
 
     def __len__(self):
-        return len(self.clips)
+        return len(self.index)
 
     def __getitem__(self, keep):
-        return Part(self.of, self.clips[np.asarray(keep)])
-
-    def codes(self, modality: str) -> Codes:
-        return self.of.codes(modality, self.clips)
+        return replace(self, index=self.index[keep.cpu().numpy()])
 
     def events(self, modality: str):
-        """(n, T, C) uint8: what happens when; classes that the probes do not know never happen."""
-        happens, place = self.features.read(f"events/{modality}", self.clips), self.of.place[:-1]
-        of_class = [happens[..., place == i].any(-1) for i in range(self.of.num_classes)]
-        return np.stack(of_class, -1).astype(np.uint8) if of_class else happens[..., :0]
-
-    def labelled(self):
-        return self[(self.label >= 0).cpu()]
-
-    def single(self):
-        """The labelled ones with one event"""
-        return Part(self.of, self.features.single_event(self.clips)).labelled()
+        """(n, T, C) float: what happens when"""
+        member = np.eye(len(self.classes) + 1, dtype=np.float32)[self.place[:-1], :-1]  # (the files' classes, C)
+        happens = self.features.read(f"events/{modality}", self.index) @ member > 0
+        return torch.from_numpy(happens).to(self.device).float()
 
 
-def class_names(features: Features, target: Features | None, class_map: tuple):
-    """-> The classes of the probes, those that both sides have, in the source's order; {target's name: source's name}
-    by the entries `target's name=source's name` of `class_map`. Raises InputError on names that are not there."""
+def renamed(features: Features, target: Features, class_map: tuple) -> list:
+    """The target's classes, by the source's names where the entries `target's name=source's name` of --class-map give
+    those. Raises InputError on names that are not there, or there twice."""
     names = {}
     for entry in class_map:
-        theirs, equals, ours = entry.partition("=")
-        if target is None or not equals or ours not in features.classes or theirs not in target.classes:
-            raise InputError(f"--class-map '{entry}': expected 'class of --target=class of the source'")
-        if theirs in names:
-            raise InputError("--class-map: a class of --target is named twice")
+        theirs, _, ours = entry.partition("=")
+        if target is features or ours not in features.classes or theirs not in target.classes or theirs in names:
+            raise InputError(f"--class-map '{entry}': expected 'class of --target=class of the source', each once")
         names[theirs] = ours
-    if target is None or not target.classes:
-        return features.classes, names
-    shared = {names.get(name, name) for name in target.classes}
-    return [name for name in features.classes if name in shared], names
+    return [names.get(name, name) for name in target.classes]
 
 
 def known_sets(known: tuple, classes: list) -> dict:
-    """--known -> {entry: numbers of the known classes}: `5` the first five, `0,2,4` these three; default: the first
-    half. Raises InputError on anything else."""
+    """--known -> {entry: known classes}: `5` the first five, `0,2,4` these three; default: the first half, if that is
+    any. Raises InputError on anything else."""
+    if not known and len(classes) > 1:
+        known = (len(classes) // 2,)
     sets = {}
-    for entry in map(str, known or (len(classes) // 2,)):
-        if not all(part.isdecimal() for part in entry.split(",")):
-            raise InputError(f"--known {entry}: give a number of first classes, or class numbers such as 0,2,4")
-        numbers = sorted(set(map(int, entry.split(","))))
-        if not (numbers[-1] < len(classes) if "," in entry else 1 <= numbers[0] <= len(classes)):
-            raise InputError(f"--known {entry}: the data has {len(classes)} classes, numbered from 0")
-        sets[entry] = numbers if "," in entry else list(range(numbers[0]))
+    for entry in map(str, known):
+        numbers = range(int(entry)) if entry.isdecimal() else []
+        if "," in entry and all(map(str.isdecimal, entry.split(","))):
+            numbers = sorted(set(map(int, entry.split(","))))
+        if not numbers or numbers[-1] >= len(classes):
+            raise InputError(f"--known {entry}: give a number of first classes, or class numbers such as 0,2,4; the "
+                             f"data has {len(classes)} classes, numbered from 0")
+        sets[entry] = [classes[i] for i in numbers]
     return sets
-
-
-def numbered(numbers: list, label, classes: int):
-    """Labels (N,) by their place among the known classes `numbers`; all others become len(numbers), unknown."""
-    place = torch.full((classes + 1,), len(numbers), device=label.device)
-    place[torch.tensor(numbers, device=label.device)] = torch.arange(len(numbers), device=label.device)
-    return place[label]
-
-
-def clean_parts(parts: dict, numbers: list, closed: bool):
-    """Parts of single labelled clips -> ({name: Part} as probes of the known classes `numbers` use them, {name: labels}
-    by place among those, len(numbers) if unknown); `closed`: there are no unknown ones. Between two files, known
-    classes without a training clip are left out, and of a closed set also those untested."""
-    used, source = dict(parts), parts["train"].of
-    if parts["test"].of is not source:
-        known = torch.tensor(numbers, device=source.device)
-        taught = known[torch.isin(known, parts["train"].label)]
-        taught = taught[torch.isin(taught, parts["test"].label)] if closed else taught
-        for name, part in parts.items():
-            unknown = ~torch.isin(part.label, known)
-            used[name] = part[(torch.isin(part.label, taught) | (unknown & (not closed))).cpu()]
-    return used, {name: numbered(numbers, part.label, source.num_classes) for name, part in used.items()}
 
 
 def directions(sources: list, targets: list) -> dict:
@@ -432,205 +392,152 @@ def direction(source: str, target: str, modalities: list) -> str:
     return f"{source}2{target}" if ambiguous else f"{source[0]}2{target[0]}"
 
 
-def localized(features: Features, modalities: list) -> list:
-    """Those of the modalities whose events are annotated segment by segment, in every file."""
-    held = [m for m in modalities if m in features.modalities]
-    return [m for m in held if all(f"events/{m}" in file.h5 for file in features.files)]
-
-
-def maps_with_masks(features: Features, modalities: list) -> dict:
-    """{modality: [p, q] pixels of a cell}: of the maps whose cells divide the masks, of one size, into whole pixels."""
-    sizes = {file.h5["mask"].shape[2:] if "mask" in file.h5 else () for file in features.files}
-    size, found = np.array(max(sizes)), {}
-    for m in modalities:
-        cells = features.shape[m][1:-1]  # (H, W) of maps
-        if len(sizes) == 1 and len(size) == len(cells) == 2 and not (size % cells).any():
-            found[m] = (size // cells).tolist()
-    return found
-
-
-def groups(features: Features, clips):
-    """What is one item for retrieval: the group of each clip, told apart by file; without groups the clip itself."""
-    if not all("group" in file.h5 for file in features.files):
-        return torch.from_numpy(clips)
-    owner = np.searchsorted(features.starts, clips, side="right")
-    pairs = np.stack([owner, features.read("group", clips)])
-    return torch.from_numpy(np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1))
-
-
-# ---------------------------------------------------------------------------------------------------------------- plan
 class Plan:
     """What is to be probed, built and checked before any training, for a model of `shape` {m: (T, d) or (T, H, W, d)}.
-
-    Probes train on the train split of `features` and are tested on the test split of `target`, files of their own, or
-    without one of `features` itself. `tasks`: of TASKS; without any, those of DEFAULT_TASKS that can be done. `known`
-    and `class_map` are as on the command line. `every_clip`: with a target, train and test on all clips of either side
-    (`official.protocol`, which needs no held-out clips). Raises InputError if what was asked for cannot be done."""
+    Probes train on the train split of `features` and are tested on the test split of `target`, or without one of
+    `features` itself. `tasks`: of TASKS; without any, those of DEFAULT_TASKS that can be done. `known` and `class_map`
+    are as on the command line. `every_clip` (`official.protocol`): no clips are held out, and with a target all clips
+    of either side are trained or tested on. Raises InputError if what was asked for cannot be done."""
 
     def __init__(self, features: Features, shape: dict, device, tasks: tuple = (), known: tuple = (),
                  score: str = "softmax", target: Features | None = None, class_map: tuple = (),
                  every_clip: bool = False):
         self.device, self.modalities, self.score = torch.device(device), list(shape), score
         self.every_clip, self.own_target = every_clip, target is not None
-        tested = target if self.own_target else features
-        self.classes, names = class_names(features, target, class_map)
-        source_set = ProbeSet(features, self.classes, {}, self.device)
-        target_set = ProbeSet(tested, self.classes, names, self.device) if self.own_target else source_set
-        self.parts = {name: Part(source_set, features.clips(name)) for name in ("train", "val", "test")}
-        self.parts["same"] = self.parts["test"]  # of the source
-        self.parts["test"] = Part(target_set, tested.clips("test"))
-        if every_clip and self.own_target:
-            self.parts["train"] = Part(source_set, np.arange(len(features)))
-            self.parts["test"] = Part(target_set, np.arange(len(tested)))
-        self.single = {name: part.single() for name, part in self.parts.items()}  # what probes of whole clips see
-        for name, (m, wanted) in itertools.product(("train", "test"), shape.items()):
-            found = tuple(self.parts[name].features.shape.get(m, wanted))
-            self.require(name, found == tuple(wanted), f"{m} has shape {found}, the model wants {tuple(wanted)}")
-        held = [m for m in shape if m in features.modalities]
-        self.tested_modalities = [m for m in shape if m in tested.modalities]
+        self.source, self.target = features, target if self.own_target else features
+        for m, side in itertools.product(shape, (self.source, self.target)):
+            found = tuple(side.shape.get(m, shape[m]))
+            self.require(found == tuple(shape[m]), f"{m} has shape {found}, the model wants {tuple(shape[m])}")
+        held = [m for m in shape if m in self.source.modalities]
+        self.tested_modalities = [m for m in shape if m in self.target.modalities]
         self.both = [m for m in held if m in self.tested_modalities]
         self.directions = directions(held, self.tested_modalities)
-        other = f", one here and another in {tested.files[0].path}" if self.own_target else ""
-        self.require("train", self.directions, f"holds {' '.join(features.modalities)}, probes need two of "
-                     f"{' '.join(shape)}{other}")
-        by_class = {"classification", "open_set", "localization"} & set(tasks or DEFAULT_TASKS)
-        self.require("train", self.classes or not features.classes or not by_class, "no class in common with "
-                     f"{tested.files[0].path}; --class-map renames those of the target")
-        self.known, self.event_directions, self.tasks = {}, {}, []
-        for task in tasks or DEFAULT_TASKS:
+        self.require(self.directions, f"probes need one of {' '.join(shape)} to train on, another to be tested on")
+        names = renamed(self.source, self.target, class_map)
+        self.classes = [name for name in features.classes if name in names or not names]
+        self.parts = {}  # those trained and tested on, and of the source those held out and those to test it on itself
+        for name, side, split in (("train", self.source, "train"), ("test", self.target, "test"),
+                                  ("val", self.source, "val"), ("same", self.source, "test")):
+            index = np.arange(len(side)) if every_clip and self.own_target else side.clips(split)
+            called = names if name == "test" else self.source.classes
+            self.parts[name] = Clips(side, index, called, self.classes, self.device)
+        if every_clip:
+            del self.parts["val"]
+        self.labelled = {name: part[part.label >= 0] for name, part in self.parts.items()}
+        self.single = {}  # those with one event, which probes of whole clips see
+        for name, part in self.labelled.items():
+            self.single[name] = replace(part, index=part.features.single_event(part.index))
+        self.choose_tasks(tasks, known)
+
+    def choose_tasks(self, tasks: tuple, known: tuple) -> None:
+        """Set the tasks, in the order of the table. Raises InputError if one cannot be done that was asked for."""
+        wanted = tasks or DEFAULT_TASKS
+        self.require(set(wanted) <= set(TASKS), f"--tasks {' '.join(tasks)}: expected some of {' '.join(TASKS)}")
+        apart = self.source.classes and not self.classes
+        self.require(not apart or not BY_CLASS & set(wanted), "no class in common; --class-map renames the target's")
+        self.known = known_sets(known, self.classes) if "open_set" in wanted else {}
+        self.tasks = {}  # {task: its probe}
+        for task, (check, probe) in PROBES.items():
             try:
-                self.check(task, known)
-                self.tasks.append(task)
-            except InputError:
+                if task in wanted:
+                    check(self)
+                    self.tasks[task] = probe
+            except InputError as error:
                 if tasks or known and task == "open_set":  # it was asked for
                     raise
+                if self.source.classes and RANK == 0:
+                    print(f"will not be probed: {task} ({error})", flush=True)
 
-    def require(self, name: str, there, message: str) -> None:
-        """Raise InputError naming the file of the part `name` unless `there`."""
+    def require(self, there, message: str) -> None:
+        """Raise InputError naming the files unless `there`."""
         if not there:
-            raise InputError(f"{self.parts[name].features.files[0].path}: {message}")
-
-    def require_clips(self, name: str, there, task: str, why: str = "") -> None:
-        place = {"train": "source", "test": "target"}[name] if self.every_clip and self.own_target else f"{name} split"
-        self.require(name, there, f"the {place} is empty{why}, --tasks {task} needs clips there")
+            paths = dict.fromkeys((self.source.files[0].path, self.target.files[0].path))
+            raise InputError(f"{' and '.join(paths)}: {message}")
 
     def tags(self, task: str, source: str, target: str, figures: dict, suffix: str = "") -> dict:
         """{name: value} of one direction -> {tag: value}"""
         where = f"eval/{task}/{direction(source, target, self.modalities)}{suffix}"
         return {f"{where}/{name}": value for name, value in figures.items()}
 
-    def check(self, task: str, known: tuple) -> None:
-        """Raise InputError if the clips do not allow this task; make ready what it needs."""
-        if task == "classification":
-            self.check_clips(task, list(range(len(self.classes))), "")
-        elif task == "open_set":
-            self.known = known_sets(known, self.classes)
-            for entry, numbers in self.known.items():
-                self.check_clips(task, numbers, f" for --known {entry}")
-        elif task == "localization":
-            self.check_localization()
-        elif task == "segmentation":
-            self.check_segmentation()
-        elif task in TASKS:
-            self.check_retrieval(task)
-        else:
-            raise InputError(f"--tasks {task}: expected some of {' '.join(TASKS)}")
-
-    def check_clips(self, task: str, numbers: list, of: str) -> None:
-        names = ("train", "test", "val") if task == "open_set" and not self.every_clip else ("train", "test")
-        for name in names:
-            self.require_clips(name, len(self.single[name]), task, " (no labelled clip with one event)")
-        used = self.single if self.every_clip else clean_parts(self.single, numbers, task == "classification")[0]
-        for name in names:
-            known = numbered(numbers, used[name].label, len(self.classes)) < len(numbers)
-            self.require(name, known.any(), f"the {name} split has no known classes{of}")
-            if task == "open_set" and name == "test":
-                self.require(name, not known.all(), f"the {name} split has no unknown classes{of}")
-
-    def check_localization(self) -> None:
-        heard = [localized(self.parts[name].features, self.modalities) for name in ("train", "test")]
-        self.event_directions = directions(*heard)
-        self.require("train", self.event_directions, "--tasks localization needs events/<modality> of two modalities, "
-                     f"found those of {' '.join(dict.fromkeys(sum(heard, []))) or 'none'}")
-        for source, targets in self.event_directions.items():
-            for name, m in [("train", source), *itertools.product(["test"], targets)]:
-                self.require_clips(name, len(self.parts[name]), "localization")
-                self.require_clips(name, not self.own_target or self.parts[name].events(m).any(), "localization",
-                                   f" (no clip with an event of a common class in {m})")
-
-    def check_retrieval(self, task: str) -> None:
-        train, test = self.parts["train"], self.parts["test"]
-        enough = len(self.tested_modalities) > 1 and len(groups(test.features, test.clips).unique()) >= max(RANKS)
-        self.require("test", enough, f"--tasks {task} needs two modalities and {max(RANKS)} clips or groups in the "
-                     "test split")
-        if task == "x_retrieval":
-            self.require("train", len(self.both) > 2 and len(train), "--tasks x_retrieval needs three modalities and a "
-                         f"train split, found {' '.join(self.both)} and {len(train)} clips")
-
-    def check_segmentation(self) -> None:
-        maps = [maps_with_masks(self.parts[name].features, self.both) for name in ("train", "test")]
-        self.require("train", len(maps[0]) == 1 and maps[0] == maps[1] and len(self.both) > 2, "--tasks segmentation "
-                     "needs masks of one size, a single modality of maps whose cells divide them, and two other "
-                     "modalities to ask with")
-        for name in ("train", "test"):
-            self.require(name, len(self.parts[name].labelled()), f"no labelled clip in the {name} split, --tasks "
-                         "segmentation needs them")
+    def with_known(self, classes: list, closed: bool = False) -> dict:
+        """{part: its labelled Clips with one event} for a probe that knows `classes`; of a `closed` set only of these.
+        In the clean protocol between two files, known classes without a training clip are left out, and of a closed set
+        also those untested."""
+        parts = {name: replace(part, classes=classes) for name, part in self.single.items()}
+        used = torch.arange(len(classes) + (not closed), device=self.device)  # the last one of an open set: unknown
+        if self.own_target and not self.every_clip:
+            used = used[torch.isin(used, parts["train"].label) | (used == len(classes))]
+            if closed:
+                used = used[torch.isin(used, parts["test"].label)]
+        return {name: part[torch.isin(part.label, used)] for name, part in parts.items()}
 
     @contextmanager
     def probing(self, model, encode, codebook_size: int):
-        """Meanwhile the model is in eval mode and makes the codes: gives `read(features, modality, clips) -> Codes`.
-
-        Afterwards the model's mode and the random state of the process are as they were, and no codes are kept."""
+        """Meanwhile the model is in eval mode and encodes; gives `read(features, modality, clips) -> Codes`. Afterwards
+        its mode and the random state of the process are as they were, and no codes are kept."""
         training = model.training
-        read = partial(read_codes, model, encode, codebook_size=codebook_size, device=self.device)
+        self.read = partial(read_codes, model, encode, codebook_size=codebook_size, device=self.device)
+        self.kept = {}  # {(features, modality): Codes}, the index of clips that were not read being -1
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             try:
                 model.eval()
-                for part in self.parts.values():
-                    part.of.encode_with(read)
-                yield read
+                yield self.read
             finally:
                 model.train(training)
-                for part in self.parts.values():
-                    part.of.encode_with(None)
+                self.read, self.kept = None, {}
+
+    def codes(self, part: Clips, modality: str) -> Codes:
+        """The codes of these clips; each clip is encoded once."""
+        index = torch.full((len(part.features), part.features.shape[modality][0]), -1, device=self.device)
+        kept = self.kept.setdefault((part.features, modality), Codes(None, index))
+        new = part.index[(kept.index[part.index, 0] < 0).cpu().numpy()]
+        if len(new):
+            fresh = self.read(part.features, modality, new, rows=kept.rows)
+            kept.rows = fresh.rows
+            kept.index[new] = fresh.index
+        return kept[part.index]
 
     def evaluate(self, model, encode, codebook_size: int):
         """Probe the model as it is now -> ({tag: value}, {m: (K,) code selections on the test clips})"""
         test = self.parts["test"]
+        shown = test if len(test) else replace(test, index=np.arange(len(self.target)))
         with self.probing(model, encode, codebook_size):
-            shown = test if len(test) else Part(test.of, np.arange(len(test.features)))
-            codes = {m: shown.codes(m).index for m in self.tested_modalities}
-            figures, selections = codebook_metrics(codes, codebook_size)
+            index = {m: self.codes(shown, m).index for m in self.tested_modalities}
+            figures, selections = codebook_metrics(index, codebook_size)
             tags = {f"eval/codebook/{name}": value for name, value in figures.items()}
-            for task, probe in PROBES.items():
-                if task in self.tasks:
-                    tags |= probe(self)
+            for probe in self.tasks.values():
+                tags |= probe(self)
         return tags, selections
 
 
 # ---------------------------------------------------------------------------------------------- tasks: clips and events
-def train_clip_probe(train: Part, label, source: str, num_known: int):
-    """A probe of the clips whose `label` (n,) is a known class -> (ProbeTraining, the Codes that it was trained on)"""
-    known = label < num_known
-    seen = train.codes(source)[known]
-    probe = ProbeTraining(partial(ClipProbe, seen.rows.shape[-1], num_known), label.device)
-    for _ in range(EPOCHS):
-        probe.epoch(seen, label[known])
-    return probe, seen
+def check_classification(plan: Plan) -> None:
+    for parts, of in ((plan.single, ""), (plan.with_known(plan.classes, closed=True), " of a common class")):
+        for name in ("train", "test"):
+            plan.require(len(parts[name]), f"--tasks classification: no labelled {name} clips with one event{of}")
+
+
+def check_open_set(plan: Plan) -> None:
+    plan.require(plan.known, "--tasks open_set needs two classes")
+    for entry, classes in plan.known.items():
+        for name, part in plan.with_known(classes).items():
+            known, words = part.label < len(classes), f"labelled {name} clips with one event, --known {entry}"
+            plan.require(known.any() or name == "same", f"no known classes among the {words}")
+            plan.require(not known.all() or name != "test", f"no unknown classes among the {words}")
 
 
 def classification(plan: Plan) -> dict:
     """Which class a clip has: trained on one modality, tested on another; `acc_same` is of the source itself -> tags"""
-    used, label = clean_parts(plan.single, list(range(len(plan.classes))), closed=True)
-    tags = {}
+    tags, parts = {}, plan.with_known(plan.classes, closed=True)
     for source, targets in plan.directions.items():
-        probe, _ = train_clip_probe(used["train"], label["train"], source, len(plan.classes))
-        same = {}
-        if len(used["same"]):
-            prediction = probe.logits(used["same"].codes(source)).argmax(-1)
-            same["acc_same"] = accuracy(prediction, label["same"])["acc"]
+        codes = plan.codes(parts["train"], source)
+        probe, same = train_probe(ClipProbe, len(plan.classes), codes, parts["train"].label), {}
+        if len(parts["same"]):
+            prediction = probe.logits(plan.codes(parts["same"], source)).argmax(-1)
+            same["acc_same"] = accuracy(prediction, parts["same"].label)["acc"]
         for target in targets:
-            found = accuracy(probe.logits(used["test"].codes(target)).argmax(-1), label["test"])
+            prediction = probe.logits(plan.codes(parts["test"], target)).argmax(-1)
+            found = accuracy(prediction, parts["test"].label)
             figures = {"acc": found["acc"], **same, "macro_recall": found["macro_recall"]}
             tags |= plan.tags("classification", source, target, figures)
     return tags
@@ -640,43 +547,51 @@ def open_set(plan: Plan) -> dict:
     """The same where some classes are unknown to the probe. It rejects a clip whose confidence is below that of nearly
     all held-out known clips of the source, by each of the scores with a threshold of its own -> tags"""
     tags = {}
-    for entry, numbers in plan.known.items():
-        used, label = clean_parts(plan.single, numbers, closed=False)
-        for source, targets in plan.directions.items():
-            probe, seen = train_clip_probe(used["train"], label["train"], source, len(numbers))
-            held_out = used["val"].codes(source)[label["val"] < len(numbers)]
-            held_out_scores = known_scores(probe.logits(held_out), held_out, seen)
-            threshold = {name: confidence.quantile(REJECT).item() for name, confidence in held_out_scores.items()}
-            for target in targets:
-                codes = used["test"].codes(target)
-                logits = probe.logits(codes)
-                figures = open_set_figures(known_scores(logits, codes, seen), threshold, logits.argmax(-1),
-                                           label["test"], len(numbers), plan.score)
-                tags |= plan.tags(f"open_set_{entry}", source, target, figures)
+    for (entry, classes), (source, targets) in itertools.product(plan.known.items(), plan.directions.items()):
+        parts = plan.with_known(classes)
+        train, held_out = [parts[name][parts[name].label < len(classes)] for name in ("train", "val")]
+        seen, held_out = plan.codes(train, source), plan.codes(held_out, source)
+        probe = train_probe(ClipProbe, len(classes), seen, train.label)
+        held_out_scores = known_scores(probe.logits(held_out), held_out, seen)
+        for target in targets:
+            codes = plan.codes(parts["test"], target)
+            logits = probe.logits(codes)
+            scores, label = known_scores(logits, codes, seen), parts["test"].label
+            asked, at_threshold, others = (logits.argmax(-1), label, len(classes)), {}, {}
+            for name, confidence in scores.items():
+                threshold = held_out_scores[name].quantile(REJECT).item()
+                at_threshold[name] = open_set_metrics(confidence, *asked, threshold)
+                others[f"hos_{name}"] = at_threshold[name]["hos"]
+                others[f"auroc_{name}"] = auroc(confidence[label < len(classes)], confidence[label == len(classes)])
+            confidence = scores[plan.score]
+            figures = {"hos_oracle": oracle_hos(confidence, *asked), "auroc": others[f"auroc_{plan.score}"],
+                       "acc_known": open_set_metrics(confidence, *asked, -math.inf)["os_star"]}
+            tags |= plan.tags(f"open_set_{entry}", source, target, at_threshold[plan.score] | figures | others)
     return tags
 
 
-def open_set_figures(scores: dict, threshold: dict, prediction, target, num_known: int, main_score: str) -> dict:
-    """Figures of one direction: scores {name: (N,)}, a threshold for each; those of `main_score` stand first."""
-    known = target < num_known
-    at_threshold, hos, area = {}, {}, {}
-    for name, confidence in scores.items():
-        at_threshold[name] = open_set_metrics(confidence, prediction, target, num_known, threshold[name])
-        hos[f"hos_{name}"] = at_threshold[name]["hos"]
-        area[f"auroc_{name}"] = auroc(confidence[known], confidence[~known])
-    confidence = scores[main_score]
-    none_rejected = open_set_metrics(confidence, prediction, target, num_known, -math.inf)
-    return {**at_threshold[main_score], "hos_oracle": oracle_hos(confidence, prediction, target, num_known),
-            "auroc": area[f"auroc_{main_score}"], "acc_known": none_rejected["os_star"], **hos, **area}
-
-
-def annotated(part: Part, modality: str, own_target: bool):
-    """A part's clips with an event of its classes (all of them unless the target is a file of its own), what happens in
-    them (n, T, C + 1), the last column being background, and which clips of the part they are"""
+def annotated(plan: Plan, name: str, modality: str):
+    """The clips of a part, with a target of its own only those in which one of the classes happens, and what happens in
+    them (n, T, C + 1), the last column being background. Raises InputError if there is none."""
+    part = plan.parts[name]
     happens = part.events(modality)
-    keep = happens.any((1, 2)) | (not own_target)
-    happens = torch.from_numpy(happens[keep]).to(part.of.device).float()
-    return part[keep], torch.cat([happens, 1 - happens.amax(-1, keepdim=True)], -1), keep
+    if plan.own_target:
+        some = happens.flatten(1).any(1)
+        part, happens = part[some], happens[some]
+    plan.require(len(part), f"no {name} clip with an event of a common class in {modality}")
+    return part, torch.cat([happens, 1 - happens.amax(-1, keepdim=True)], -1)
+
+
+def check_localization(plan: Plan) -> None:
+    there = []  # the modalities of either side whose events are annotated segment by segment, in every file
+    for side in (plan.source, plan.target):
+        there.append([m for m in plan.modalities if m in side.modalities and all(m in f.events for f in side.files)])
+    plan.event_directions = directions(*there)
+    plan.require(plan.event_directions, f"localization needs events/<modality> of two of them, found those of {there}")
+    for source, targets in plan.event_directions.items():
+        annotated(plan, "train", source)
+        for target in targets:
+            annotated(plan, "test", target)
 
 
 def localization(plan: Plan) -> dict:
@@ -684,15 +599,11 @@ def localization(plan: Plan) -> dict:
     -> tags. With a target of its own, clips in which nothing known happens are left out."""
     tags = {}
     for source, targets in plan.event_directions.items():
-        train, event, _ = annotated(plan.parts["train"], source, plan.own_target)
-        codes = train.codes(source)
-        width = codes.rows.shape[-1]
-        probe = ProbeTraining(partial(SegmentProbe, width, len(plan.classes), (width,)), event.device)
-        for _ in range(EPOCHS):
-            probe.epoch(codes, event)
+        train, event = annotated(plan, "train", source)
+        probe = train_probe(SegmentProbe, len(plan.classes), plan.codes(train, source), event)
         for target in targets:
-            test, true, _ = annotated(plan.parts["test"], target, plan.own_target)
-            score = probe.logits(test.codes(target)).sigmoid()
+            test, true = annotated(plan, "test", target)
+            score = probe.logits(plan.codes(test, target)).sigmoid()
             foreground = segment_metrics(score[..., :-1], true[..., :-1])["f1"]
             figures = segment_metrics(score, true) | {"f1_foreground": foreground, **constant_f1(true)}
             tags |= plan.tags("localization", source, target, figures)
@@ -700,6 +611,14 @@ def localization(plan: Plan) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------- tasks: retrieval
+def groups(features: Features, clips):
+    """What is one item for retrieval: the group of each clip, told apart by file; without groups the clip itself."""
+    if not all("group" in file.h5 for file in features.files):
+        return torch.from_numpy(clips)
+    pairs = np.stack([np.searchsorted(features.starts, clips, side="right"), features.read("group", clips)])
+    return torch.from_numpy(np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1))
+
+
 @dataclass
 class Items:
     """What retrieval compares: mean codes (I, D), group (I,), label (I,), on the host."""
@@ -707,45 +626,48 @@ class Items:
     group: torch.Tensor
     label: torch.Tensor
 
-    def find(self, database, k: int) -> dict:
+    def find(self, database) -> dict:
         """`r<k>`: `recall_at_k` by group; `class_r<k>`: by class, of the labelled queries; and what chance gives."""
-        found = {f"r{k}": recall_at_k(self.code, database.code, self.group, database.group, k),
-                 f"chance_r{k}": chance(self.group, database.group, k)}
-        some = self.label >= 0
-        if some.any():
-            found[f"class_r{k}"] = recall_at_k(self.code[some], database.code, self.label[some], database.label, k)
-            found[f"class_chance_r{k}"] = chance(self.label[some], database.label, k)
+        some, found = self.label >= 0, {"queries": len(self.code), "database": len(database.code)}
+        for k in RANKS:
+            found[f"r{k}"] = recall_at_k(self.code, database.code, self.group, database.group, k)
+            found[f"chance_r{k}"] = chance(self.group, database.group, k)
+            if some.any():
+                found[f"class_r{k}"] = recall_at_k(self.code[some], database.code, self.label[some], database.label, k)
+                found[f"class_chance_r{k}"] = chance(self.label[some], database.label, k)
         return found
 
 
-def items(part: Part, modality: str) -> Items:
-    """The items of a modality among these clips. Rows of one group with the same features, such as the sound beside
+def items(plan: Plan, modality: str) -> Items:
+    """The items of a modality among the test clips. Rows of one group with the same features, such as the sound beside
     each of its captions, are one item."""
-    group, rows = groups(part.features, part.clips), torch.arange(len(part))
+    part = plan.parts["test"]
+    group, rows = groups(part.features, part.index), torch.arange(len(part))
     if len(group.unique()) < len(part):
-        seen = {}  # (group, digest of the features) -> first row
-        for i in range(0, len(part), 200):
-            for row, x in enumerate(part.features.read(modality, part.clips[i:i + 200]), i):
-                seen.setdefault((group[row].item(), hashlib.sha256(x).digest()), row)
-        rows = torch.tensor(list(seen.values()))
-    label = torch.from_numpy(part.features.label[part.clips])  # the file's own: nothing is learned of classes
-    return Items(part[rows].codes(modality).mean().cpu(), group[rows], label[rows])
+        first = {}  # {(group, digest of the features): row}
+        for row in range(len(part)):
+            digest = hashlib.sha256(part.features.read(modality, part.index[row:row + 1])).digest()
+            first.setdefault((group[row].item(), digest), row)
+        rows = torch.tensor(list(first.values()))
+    label = torch.from_numpy(part.features.label[part.index])  # the file's own: nothing is learned of classes
+    return Items(plan.codes(part[rows], modality).mean().cpu(), group[rows], label[rows])
+
+
+def check_retrieval(plan: Plan) -> None:
+    test = plan.parts["test"]
+    enough = len(plan.tested_modalities) > 1 and len(groups(test.features, test.index).unique()) >= max(RANKS)
+    plan.require(enough, f"retrieval needs two modalities and {max(RANKS)} clips or groups in the test split")
 
 
 def retrieval(plan: Plan) -> dict:
     """Zero-shot: of the test clips, which items of b are nearest to an item of a, by the cosine of their mean codes? An
     item is right if it comes from the same clip or group (`r1`), or has the same class (`class_r1`) -> tags"""
-    tags, item = {}, {m: items(plan.parts["test"], m) for m in plan.tested_modalities}
-    for a, b in itertools.permutations(item, 2):
-        figures = {"queries": len(item[a].code), "database": len(item[b].code)}
-        for k in RANKS:
-            figures |= item[a].find(item[b], k)
-        tags |= plan.tags("retrieval", a, b, figures)
+    tags, item = {}, {m: items(plan, m) for m in plan.tested_modalities}
     for a, b in itertools.combinations(item, 2):
-        there, back = direction(a, b, plan.modalities), direction(b, a, plan.modalities)
-        for k in RANKS:
-            both = tags[f"eval/retrieval/{there}/r{k}"] + tags[f"eval/retrieval/{back}/r{k}"]
-            tags[f"eval/retrieval/{there}+{back}/r{k}"] = both / 2
+        there, back = item[a].find(item[b]), item[b].find(item[a])
+        tags |= plan.tags("retrieval", a, b, there) | plan.tags("retrieval", b, a, back)
+        both = f"+{direction(b, a, plan.modalities)}"
+        tags |= plan.tags("retrieval", a, b, {f"r{k}": (there[f"r{k}"] + back[f"r{k}"]) / 2 for k in RANKS}, both)
     return tags
 
 
@@ -765,21 +687,26 @@ def fit_map(query, answer):
     return project.cpu().requires_grad_(False)
 
 
+def check_x_retrieval(plan: Plan) -> None:
+    check_retrieval(plan)
+    plan.require(len(plan.both) > 2 and len(plan.parts["train"]), "x_retrieval needs three modalities and train clips")
+
+
 def x_retrieval(plan: Plan) -> dict:
     """Uni-Code's Table 5: a map from the mean codes of one modality to those of another is trained; a third modality's
     codes go through it, untouched, to retrieve the other's. Tags `a2b_to_c`: trained with queries of a, tested with
     queries of b; `same_r10` are those of a, `zero_r10` b's without any map. What is right is as in `retrieval`."""
-    tags, train = {}, plan.parts["train"]
-    item = {m: items(plan.parts["test"], m) for m in plan.both}
-    first = np.unique(groups(train.features, train.clips).numpy(), return_index=True)[1]  # one clip a group
-    taught = {m: F.normalize(train[first].codes(m).mean(), dim=-1) for m in plan.both}
+    tags, item, taught, train = {}, {}, {}, plan.parts["train"]
+    first = np.unique(groups(train.features, train.index).numpy(), return_index=True)[1]  # one clip a group
+    for m in plan.both:
+        item[m] = items(plan, m)
+        taught[m] = F.normalize(plan.codes(train[torch.from_numpy(first)], m).mean(), dim=-1)
     for source, target, asking in itertools.permutations(plan.both, 3):
         project = fit_map(taught[source], taught[target])
-        mapped, same = [replace(item[m], code=project(item[m].code)) for m in (asking, source)]
-        figures = {f"r{k}": mapped.find(item[target], k)[f"r{k}"] for k in RANKS}
-        figures["zero_r10"] = item[asking].find(item[target], 10)["r10"]
-        figures["same_r10"] = same.find(item[target], 10)["r10"]
-        figures |= mapped.find(item[target], 10)
+        mapped = replace(item[asking], code=project(item[asking].code)).find(item[target])
+        same = replace(item[source], code=project(item[source].code)).find(item[target])
+        figures = {name: value for name, value in mapped.items() if name in ("r1", "r5") or name.endswith("r10")}
+        figures |= {"zero_r10": item[asking].find(item[target])["r10"], "same_r10": same["r10"]}
         tags |= plan.tags("x_retrieval", source, asking, figures, f"_to_{target}")
     return tags
 
@@ -802,41 +729,55 @@ class QueryDecoder(nn.Module):
         return cells.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
 
 
-def frames(part: Part, seen: str, rows):
-    """Of these clips of a part: maps (B, T, H, W, d), masks (B, T, h, w) of their labelled class, and which frames have
-    one (B, T)"""
-    clips, device = part.clips[rows.numpy()], part.of.device
-    maps, mask = part.features.read(seen, clips), part.features.read("mask", clips)
-    asked = mask == part.features.label[clips][:, None, None, None] + 1
-    known = torch.from_numpy((mask != NOT_ANNOTATED).all((2, 3))).to(device)
-    return torch.from_numpy(maps).to(device).float(), torch.from_numpy(asked).to(device).float(), known
+def check_segmentation(plan: Plan) -> None:
+    """Sets `plan.seen`, the modality of maps, and `plan.cell`, how many pixels of a mask [p, q] one of its cells is."""
+    sizes = {f.h5["mask"].shape[2:] if "mask" in f.h5 else () for f in plan.source.files + plan.target.files}
+    size, found = np.array(max(sizes)), {}
+    for m in plan.both:
+        cells = plan.source.shape[m][1:-1]  # (H, W) of maps
+        if len(sizes) == 1 and len(size) == len(cells) == 2 and not (size % cells).any():
+            found[m] = (size // cells).tolist()
+    plan.require(len(found) == 1 and len(plan.both) > 2, "--tasks segmentation needs masks of one size, a single "
+                 "modality of maps whose cells divide them, and two other modalities to ask with")
+    ((plan.seen, plan.cell),) = found.items()
+    for name in ("train", "test"):
+        plan.require(len(plan.labelled[name]), f"no labelled {name} clips, --tasks segmentation needs some")
 
 
-def event_code(part: Part, modality: str, present: list):
+def frames(part: Clips, seen: str, rows):
+    """Of some clips: maps (B, T, H, W, d), masks (B, T, h, w) of their class, and which frames have one (B, T)"""
+    clips = part.index[rows.numpy()]
+    mask = torch.from_numpy(part.features.read("mask", clips)).to(part.device)
+    label = torch.from_numpy(part.features.label[clips]).to(part.device)  # the file's own
+    maps = torch.from_numpy(part.features.read(seen, clips)).to(part.device).float()
+    return maps, (mask == label[:, None, None, None] + 1).float(), (mask != NOT_ANNOTATED).flatten(2).all(2)
+
+
+def event_code(plan: Plan, part: Clips, modality: str):
     """The query of each clip (N, D): its mean code over the segments in which its event happens, in a modality without
     annotation, such as a sentence, over all"""
-    codes, label = part.codes(modality), part.features.label[part.clips]
-    if modality not in localized(part.features, present):
+    codes, label = plan.codes(part, modality), part.features.label[part.index]
+    if not all(modality in file.events for file in part.features.files):
         return codes.mean()
-    happens = part.features.read(f"events/{modality}", part.clips)[np.arange(len(label)), :, label] > 0  # (N, T)
-    return codes.mean(torch.from_numpy(happens).to(part.of.device))
+    happens = part.features.read(f"events/{modality}", part.index)[np.arange(len(label)), :, label] > 0  # (N, T)
+    return codes.mean(torch.from_numpy(happens).to(plan.device))
 
 
-def fit_decoders(train: Part, seen: str, cell: list, query: dict) -> dict:
+def fit_decoders(train: Clips, seen: str, cell: list, query: dict) -> dict:
     """{name: queries (N, D)} -> {name: QueryDecoder}, alike at the start and trained on the same batches"""
-    device, decoder = train.of.device, nn.ModuleDict()
+    decoder = nn.ModuleDict()
     for name, vectors in query.items():
         torch.manual_seed(0)
-        decoder[name] = QueryDecoder(train.features.shape[seen][-1], vectors.shape[-1], cell).to(device)
+        decoder[name] = QueryDecoder(train.features.shape[seen][-1], vectors.shape[-1], cell).to(train.device)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=MASK_LEARNING_RATE, fused=True)
     for _ in range(MASK_EPOCHS):
         for rows in torch.randperm(len(train)).split(BATCH_SIZE):
             maps, mask, known = frames(train, seen, rows)
             t = known.any(0).nonzero()[:, 0]
-            t = t[torch.randperm(len(t))[:MASK_FRAMES].to(device)]
+            t = t[torch.randperm(len(t))[:MASK_FRAMES].to(train.device)]
             known, loss = known[:, t], 0
             for name, draw in decoder.items():
-                drawn = draw(maps[:, t], query[name][rows.to(device)])[known]
+                drawn = draw(maps[:, t], query[name][rows.to(train.device)])[known]
                 loss = loss + F.binary_cross_entropy_with_logits(drawn, mask[:, t][known])
             optimizer.zero_grad()
             loss.backward()
@@ -845,33 +786,31 @@ def fit_decoders(train: Part, seen: str, cell: list, query: dict) -> dict:
 
 
 @torch.no_grad()
-def drawn_frames(test: Part, seen: str, asked: dict):
-    """asked {key: (decoder, queries (N, D))} -> {key: IoU of each frame (N, T), nan where nobody annotated}, {key:
-    F-scores of the frames with a mask (n, 255)}"""
-    iou, curves = {key: [] for key in asked}, {key: [] for key in asked}
+def drawn_frames(test: Clips, seen: str, asked: dict):
+    """asked {(a, b, name): (decoder or None, queries (N, D))} -> {(a, b, name): IoU of each frame, batches (B, T), nan
+    where nobody annotated}, {(a, b): F-scores of the frames with a mask, batches (n, 255)}; None draws nothing"""
+    iou, curves = defaultdict(list), defaultdict(list)
     for rows in torch.arange(len(test)).split(BATCH_SIZE):
         maps, mask, known = frames(test, seen, rows)
-        for key, (draw, query) in asked.items():
+        for (a, b, name), (draw, query) in asked.items():
             probability = draw(maps, query[rows.to(mask.device)]).sigmoid() if draw else torch.zeros_like(mask)
-            iou[key].append(torch.where(known, mask_iou(probability, mask).view(known.shape), torch.nan).cpu())
-            if key[2] == "miou":
-                curves[key].append(mask_curve(probability[known], mask[known]))
-    return [{key: torch.cat(batches) for key, batches in found.items() if batches} for found in (iou, curves)]
+            iou[a, b, name].append(torch.where(known, mask_iou(probability, mask).view(known.shape), torch.nan).cpu())
+            if name == "miou":
+                curves[a, b].append(mask_curve(probability[known], mask[known]))
+    return iou, curves
 
 
 def segmentation(plan: Plan) -> dict:
     """Which pixels are what the query asks for? A decoder over the maps, trained with queries of one modality and
     tested with those of another, on every frame of the labelled clips -> tags
-
     Controls: `miou_shuffled_query` (of another clip), `miou_constant_query` (of the first clip, for all),
     `miou_no_query` (a decoder trained without one), `miou_nothing` (no pixel); `several_*` are of clips with several
-    events, where only the query says which is meant. Maps and masks are read batch by batch."""
-    train, test = plan.parts["train"].labelled(), plan.parts["test"].labelled()
-    ((seen, cell),) = maps_with_masks(train.features, plan.both).items()
-    taught = {m: event_code(train, m, plan.both) for m in plan.both if m != seen}
-    right = {m: event_code(test, m, plan.both) for m in taught}
+    events, where only the query says which is meant."""
+    train, test = plan.labelled["train"], plan.labelled["test"]
+    taught = {m: event_code(plan, train, m) for m in plan.both if m != plan.seen}
+    right = {m: event_code(plan, test, m) for m in taught}
     nobody = torch.zeros_like(next(iter(taught.values()))[:1])
-    decoder = fit_decoders(train, seen, cell, {"nobody": nobody.expand(len(train), -1), **taught})
+    decoder = fit_decoders(train, plan.seen, plan.cell, {"nobody": nobody.expand(len(train), -1), **taught})
     other = torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).to(plan.device)
     asked, tags = {}, {}
     for a, b in itertools.permutations(taught, 2):
@@ -880,41 +819,24 @@ def segmentation(plan: Plan) -> dict:
         asked[a, b, "miou_constant_query"] = decoder[a], right[b][:1].expand_as(right[b])
         asked[a, b, "miou_no_query"] = decoder["nobody"], nobody.expand(len(test), -1)
         asked[a, b, "miou_nothing"] = None, None
-    iou, curves = drawn_frames(test, seen, asked)
-    several = torch.from_numpy(~np.isin(test.clips, test.features.single_event(test.clips)))
-    for (a, b, name), value in iou.items():
-        tags |= plan.tags("segmentation", a, b, {name: value.nanmean().item()})
+    iou, curves = drawn_frames(test, plan.seen, asked)
+    several = torch.from_numpy(~np.isin(test.index, test.features.single_event(test.index)))
+    for (a, b, name), batches in iou.items():
+        value = torch.cat(batches)
+        figures = {name: value.nanmean().item()}
         if several.any():
-            tags |= plan.tags("segmentation", a, b, {f"several_{name}": value[several].nanmean().item()})
-    for (a, b, _), value in curves.items():
-        tags |= plan.tags("segmentation", a, b, {"f_score": value.mean(0).max().item()})
+            figures[f"several_{name}"] = value[several].nanmean().item()
+        if name == "miou":
+            figures["f_score"] = torch.cat(curves[a, b]).mean(0).max().item()
+        tags |= plan.tags("segmentation", a, b, figures)
     return tags
 
 
-PROBES = {"classification": classification, "open_set": open_set, "localization": localization, "retrieval": retrieval,
-          "x_retrieval": x_retrieval, "segmentation": segmentation}  # in the order of the table
-
-
-# ------------------------------------------------------------------------------------------------------------- showing
-def table(tags: dict) -> str:
-    """The `eval/` tags in plain columns: fractions in percent with one decimal, counts as they are."""
-    tasks = {}
-    for tag, value in tags.items():
-        _, task, *where, metric = tag.split("/")
-        if metric.removeprefix("hos_").removeprefix("auroc_") in SCORES:
-            continue  # in results.json
-        row, column = (metric, "value") if task == "codebook" else (where[0], metric)
-        plain = metric.startswith(("used_", "perplexity_")) or metric in ("queries", "database")
-        cell = f"{value:.0f}" if plain else f"{100 * value:.1f}"
-        tasks.setdefault(task, {}).setdefault(row, {})[column] = cell
-    lines = []
-    for task, rows in tasks.items():
-        widths = {column: max(len(column), 6) for column in next(iter(rows.values()))}
-        lines += ["", f"{task:19}" + "  ".join(f"{column:>{width}}" for column, width in widths.items())]
-        for row, cells in rows.items():
-            line = "  ".join(f"{cells.get(column, '-'):>{width}}" for column, width in widths.items())
-            lines.append(f"  {row:17}{line}")
-    return "\n".join(lines[1:])
+# What can be probed, in the order of the table: {task: (raises InputError if the plan's clips do not allow it, probe)}
+PROBES = {"classification": (check_classification, classification), "open_set": (check_open_set, open_set),
+          "localization": (check_localization, localization), "retrieval": (check_retrieval, retrieval),
+          "x_retrieval": (check_x_retrieval, x_retrieval), "segmentation": (check_segmentation, segmentation)}
+TASKS = tuple(PROBES)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -929,34 +851,31 @@ def load(path: Path):
         method = importlib.import_module(state["method"])
         args = method.Args(**state["args"])
         model = method.Model(state["shape"], args)
-        weights = {name: value for name, value in state["networks"].items() if name.startswith("model.")}
-        model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
+        weights = [(name, value) for name, value in state["networks"].items() if name.startswith("model.")]
+        model.load_state_dict({name.removeprefix("model."): value for name, value in weights})
         return method, args, state["shape"], model, state["epoch"]
     except Exception as error:  # whatever is wrong with the file, the user needs one line
         raise InputError(f"{path}: not a checkpoint of these scripts ({first_line(error)})")
 
 
-def open_features(files: tuple, target: tuple, runs_dir: str, out: str | None):
-    """The Features of FILE ... and of `--target`, None without. Raises InputError, also if `out` cannot be written."""
-    if out and not Path(out).resolve().parent.is_dir():
-        raise InputError(f"--out {out}: the folder does not exist")
-    return Features(files, runs_dir), Features(target, runs_dir) if target else None
-
-
-def open_run(paths: tuple, target: tuple, out: str | None):
-    """`RUN [FILE ...]` of a command line -> what `load` gives, `open_features` of FILE ... or of the run's data."""
+def open_run(paths: tuple, target: tuple, out: str | None, load=load):
+    """`RUN [FILE ...]` of a command line -> what `load` gives of RUN, the Features of FILE ... or of the run's data,
+    those of `--target` or None. Raises InputError, also if `out` cannot be written."""
     if not paths:
         raise InputError("give a run folder")
+    if out and not Path(out).resolve().parent.is_dir():
+        raise InputError(f"--out {out}: the folder does not exist")
     loaded = load(Path(paths[0]))
     args = loaded[1]
-    return loaded, *open_features(paths[1:] or args.data, target, args.runs_dir, out)
+    source = Features(paths[1:] or args.data, args.runs_dir)
+    return loaded, source, Features(target, args.runs_dir) if target else None
 
 
 def report(tags: dict, out: str | None) -> None:
     """Print the table and write all figures to the JSON file `out`, if there is one."""
     if out:
         Path(out).write_text(json.dumps(tags, indent=1) + "\n")
-    print(table(tags))
+    print(table(tags, SCORES))
 
 
 def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[TASKS], ...] = (),
@@ -974,9 +893,8 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[T
         out: a JSON file for all figures, those of the other scores as well.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`."""
     (method, args, shape, model, _), source, target = open_run(paths, target, out)
-    device = pick_device(device)
-    plan = Plan(source, shape, device, tasks, known, score, target, class_map)
-    tags, _ = plan.evaluate(model.to(device), method.encode, args.codebook_size)
+    plan = Plan(source, shape, pick_device(device), tasks, known, score, target, class_map)
+    tags, _ = plan.evaluate(model.to(plan.device), method.encode, args.codebook_size)
     report(tags, out)
 
 

@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
-# What may differ from the run that is resumed: where and how far it goes, not what it is.
+# What may differ from the run that is resumed: where it goes on and how far, not how it trains and logs.
 FREE = ("resume", "max_steps", "epochs", "data", "device", "runs_dir", "features_on", "compile")
 
 
@@ -156,7 +156,7 @@ def average_over_processes(tensors) -> None:
         mean = torch.cat([t.flatten().float() for t in tensors]) / WORLD_SIZE
         dist.all_reduce(mean)
         for t, part in zip(tensors, mean.split([t.numel() for t in tensors])):
-            t.copy_(part.view_as(t))
+            t.copy_((part if t.is_floating_point() else part.round()).view_as(t))
 
 
 def all_gather_object(value) -> list:
@@ -201,8 +201,8 @@ def check_numbers(args, above_zero: tuple, below_one: tuple = (), at_most_one: t
             wrong = "must be in [0, 1)"
         elif name in at_most_one and not 0 <= value <= 1:
             wrong = "must be in [0, 1]"
-        elif not value >= 0:
-            wrong = "must not be negative"
+        elif not 0 <= value < math.inf:
+            wrong = "must not be negative, nor infinite"
         elif name == "seed" and value >= 2**32:
             wrong = "must be below 2^32"
         if wrong:
@@ -228,8 +228,8 @@ def resumed(method: str, args, schedules: tuple):
     for name, value in vars(given).items():
         flag, before = f"--{name.replace('_', '-')} {value}", getattr(saved, name)
         if name not in FREE and value != before or name == "epochs" and value < before:
-            raise InputError(f"{flag}: the run was started with {before}; a resumed run keeps its settings, only "
-                             "--epochs may be raised")
+            raise InputError(f"{flag}: the run was started with {before}; a resumed run keeps its settings or "
+                             "has more epochs")
         if name in schedules and value and longer:
             raise InputError(f"--epochs {given.epochs}: {flag} spreads over the {saved.epochs} epochs that the run was "
                              "started with")
@@ -249,7 +249,7 @@ class Run:
         sys.excepthook = explain_input_errors
         self.method, self.saved, self.signals, self.exit_code = method, None, [], 0
         self.started_at = time.perf_counter()
-        if args.resume:
+        if args.resume is not None:
             args, self.saved = resumed(method, args, schedules)
         check_numbers(args, **limits)
         self.args, self.device = args, pick_device(args.device)
@@ -270,7 +270,8 @@ class Run:
         self.data_name, self.shape, self.generators, self.stateful = data.name, shape, generators, stateful
         sha256 = all_gather_object(data.sha256() if RANK == 0 else None)[0]
         self.provenance = {"git": git_commit(), "resumed_at": [], "data_sha256": sha256}
-        self.step, self.seconds = 0, {"data": time.perf_counter() - self.started_at, "train": 0.0, "probe": 0.0}
+        self.step, self.num_steps = 0, None
+        self.seconds = {"data": time.perf_counter() - self.started_at, "train": 0.0, "probe": 0.0}
         torch.manual_seed(self.args.seed)  # dropout draws the same whatever the method built
         if self.saved:
             self._load(self.saved, f"{self.args.resume}/checkpoint.pt")
@@ -283,7 +284,7 @@ class Run:
         return self.step
 
     def _load(self, saved: dict, path: str) -> None:
-        if saved["data_sha256"] != self.provenance["data_sha256"]:
+        if saved.get("data_sha256") != self.provenance["data_sha256"]:
             raise InputError(f"{path}: the data changed since this run was started")
         try:
             for name, owner in self.stateful.items():
@@ -306,6 +307,8 @@ class Run:
         data_name = re.sub(r"[^\w.-]", "-", self.data_name)
         name = f"{self.method}__{data_name}__{self.args.seed}__{stamp}"
         folder = Path(self.args.resume or Path(self.args.runs_dir) / name)
+        if self.saved:
+            (folder / "results.json").unlink(missing_ok=True)  # of fewer epochs
         try:
             folder.mkdir(parents=True, exist_ok=bool(self.args.resume))
         except OSError as error:
@@ -321,7 +324,9 @@ class Run:
     def _on_signal(self, number, frame) -> None:
         """The first signal ends the run after this step; a second one, or one after training, at once."""
         if self.signals and WORLD_SIZE == 1 or self.step == self.num_steps:
-            print(f"stopped at once, the last checkpoint stays; continue with: {self.resume_command}")
+            saved = (self.folder / "checkpoint.pt").exists()
+            print(f"stopped at once, the last checkpoint stays; continue with: {self.resume_command}" if saved else
+                  "stopped at once, before the first checkpoint")
             sys.exit(128 + number)
         self.signals.append(number)
 
@@ -333,6 +338,7 @@ class Run:
         hidden = not sys.stdout.isatty() or RANK > 0
         with tqdm(total=self.num_steps, initial=self.step, desc=self.method, disable=hidden, dynamic_ncols=True) as bar:
             self.bar, self.clock = bar, time.perf_counter()
+            self._probe(self.step)
             for batch in batches.stream(self.step, self.num_steps):
                 yield batch
                 self._count_time("train")
@@ -342,21 +348,22 @@ class Run:
         self.seconds[name] += now - self.clock
         self.clock = now
 
-    def log(self, step: int, losses: dict, charts) -> None:
-        """After every step: `losses` {name: tensor ()}; `charts()` -> {tag: tensor ()} is called when a line is due.
+    def log(self, step: int, losses: dict, grad_norm, health) -> None:
+        """After every step: `losses` {name: tensor ()}; `health()` -> {tag: tensor ()} is called when a line is due.
 
         Raises InputError naming the last good checkpoint if a loss is not finite. Reading the numbers is the only time
         at which the host waits for the device."""
-        self.step, self.losses = step, losses
+        self.step, self.losses = step, losses | {"grad_norm": grad_norm}
         self.bar.update()
         if step % self.args.log_every and step % self.epoch_steps:
             return
-        tags = {f"losses/{name}": value for name, value in losses.items()} | charts()
+        tags = {f"losses/{name}": value for name, value in losses.items()} | health() | {"charts/grad_norm": grad_norm}
         mean = torch.stack([value.detach().float() for value in tags.values()])
         average_over_processes([mean])
         tags = dict(zip(tags, mean.tolist()))
         self._require_finite(tags)
-        rate = self.args.batch_size * (step - self.logged_step) / max(self.seconds["train"] - self.logged_seconds, 1e-9)
+        self._count_time("train")
+        rate = self.args.batch_size * (step - self.logged_step) / (self.seconds["train"] - self.logged_seconds)
         tags |= {"charts/epoch": step / self.epoch_steps, "charts/clips_per_second": rate}
         self.logged_seconds, self.logged_step = self.seconds["train"], step
         self.bar.set_postfix_str(f"loss {tags['losses/total']:.2f}, agreement {tags['codebook/agreement']:.2f}")
@@ -382,7 +389,8 @@ class Run:
 
         Then, every --eval-every epochs, probe."""
         epoch_end = step % self.epoch_steps == 0
-        if self.device.type == "cpu" or epoch_end or step % self.args.log_every == 0:  # all processes at one step
+        # several processes stop at one step; on GPUs they ask each other only when they wait for the device anyway
+        if WORLD_SIZE == 1 or self.device.type == "cpu" or epoch_end or step % self.args.log_every == 0:
             told = sum(all_gather_object(self.signals), [])
             self.exit_code = 128 + told[0] if told else 0
         stop = self.exit_code > 0 or step >= (self.args.max_steps or math.inf)
@@ -390,15 +398,20 @@ class Run:
             self._require_finite({name: value.item() for name, value in self.losses.items()})
             if RANK == 0:
                 write_atomically(self.folder / "checkpoint.pt", partial(torch.save, self._state()))
-        every = self.args.eval_every * self.epoch_steps
-        if every and step % every == 0 and step < self.num_steps and RANK == 0:
-            self._count_time("train")
-            self._write(step, self.evaluate()[0])
-            self._count_time("probe")
+        self._probe(step)
         if stop and RANK == 0:
             print(f"stopped after step {step} of {self.num_steps}, checkpoint saved; continue with: "
                   f"{self.resume_command}")
         return stop
+
+    def _probe(self, step: int) -> None:
+        """Log the tags of the probes if --eval-every asks for them, unless that was done before a kill."""
+        every = self.args.eval_every * self.epoch_steps
+        if RANK == 0 and every and step % every == 0 and 0 < step < self.num_steps:
+            if f'{{"step": {step}, "eval/' not in self.log_file.read_text():
+                self._count_time("train")
+                self._write(step, self.evaluate()[0])
+                self._count_time("probe")
 
     def _state(self) -> dict:
         rng = {name: generator.get_state() for name, generator in self.generators.items()}

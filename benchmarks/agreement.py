@@ -7,7 +7,9 @@ training segments chose as well, in percent:
 `exact`: the same index; `class`: indices of one class, that is the class of most training segments that chose the
 index, in any modality; `N groups`: the same group after the nearest of the used rows were merged (complete linkage,
 Euclidean) until N groups were left. In brackets what independent choices with the same frequencies would give: fewer
-groups agree more for that reason alone. Writes benchmarks/agreement.json.
+groups agree more for that reason alone. Of CoDAAR's codebooks also the mean `cosine` of the rows that the first one
+chose with the second one's rows of the same index, and their mean `rank`: how many of its rows have a greater one.
+Writes benchmarks/agreement.json.
 """
 import itertools
 import json
@@ -15,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import tyro
 
 import probes
@@ -43,11 +46,19 @@ def agreement(a, b) -> tuple:
     return (a == b).double().mean().item(), (frequency[0] * frequency[1]).sum().item()
 
 
+def alignment(first, second, code_index) -> dict:
+    """Rows of two codebooks (K, D) at one index, over what the first one's modality chose: code_index (N,)"""
+    cosine = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T  # (K, K)
+    right = cosine.diagonal()
+    rank = (cosine > right[:, None]).sum(1).double()
+    return {"cosine": right[code_index].mean().item(), "rank": rank[code_index].mean().item()}
+
+
 def analyse(run: Path) -> dict:
     method, args, shape, model, _ = probes.load(run)
     features = Features(args.data, args.runs_dir)
-    every = probes.ProbeSet(features, features.classes, {}, "cpu")
-    clips, code, event = {s: probes.Part(every, features.clips(s)).single().clips for s in ("train", "test")}, {}, {}
+    plan, code, event = probes.Plan(features, shape, "cpu"), {}, {}
+    clips = {split: plan.single[split].index for split in ("train", "test")}
     for split, m in itertools.product(("train", "test"), shape):
         code[split, m] = probes.read_codes(model.eval(), method.encode, features, m, clips[split], args.codebook_size,
                                            torch.device("cpu")).index
@@ -71,7 +82,12 @@ def analyse(run: Path) -> dict:
         chosen = [code["test", m][both] for m in (a, b)]
         seen = (votes.sum(1) > 0)[torch.stack(chosen)].all(0)  # a code without meaning agrees with none
         table[f"{a}, {b}"] = {name: agreement(*(to[c[seen]] for c in chosen)) for name, to in maps.items()}
-    return {"args": {k: v for k, v in asdict(args).items() if k != "runs_dir"}, "pairs": table}
+    rows = {}
+    if hasattr(model.quantizer, "by_modality"):
+        codebooks = model.quantizer.by_modality()
+        for a, b in itertools.combinations(shape, 2):
+            rows[f"{a}, {b}"] = alignment(codebooks[a], codebooks[b], code["test", a].flatten())
+    return {"args": {k: v for k, v in asdict(args).items() if k != "runs_dir"}, "pairs": table, "rows": rows}
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
@@ -83,6 +99,8 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
                                "runs": result}, indent=1) + "\n")
     for name, found in result.items():
         print(f"\n{name}")
+        for pair, row in found["rows"].items():
+            print(f"  {pair:14}rows of one index: cosine {row['cosine']:.2f}, rank {row['rank']:.1f}")
         for pair, row in found["pairs"].items():
             print(f"  {pair:14}" + "  ".join(f"{key} {100 * v:.1f} ({100 * c:.1f})" for key, (v, c) in row.items()))
 

@@ -47,7 +47,7 @@ def main(run: tyro.conf.Positional[str], seeds: int = 3) -> None:
     out.write_text(json.dumps({"command": "python -m benchmarks.controls RUN", "git": git_commit(), "rows": rows},
                               indent=1) + "\n")
     for name, tags in rows.items():
-        print(f"\n# {name}\n{probes.table(tags)}")
+        print(f"\n# {name}\n{probes.table(tags, probes.SCORES)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 import importlib
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -142,9 +143,9 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, method: Literal[probes
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`."""
     if len(paths) < 2:
         raise InputError("give a checkpoint of the authors and the feature files to probe it on")
+    loaded, source, target = probes.open_run(paths, target, out, partial(load_official, name=method))
+    method, args, shape, model, epochs = loaded
     device = pick_device(device)
-    method, args, shape, model, epochs = load_official(Path(paths[0]), method)
-    source, target = probes.open_features(paths[1:], target, args.runs_dir, out)
     plan = probes.Plan(source, shape, device, tasks, known, score, target, class_map)
     released = [task for task in tasks if task in protocol.TASKS]
     published = published and (released or not tasks)

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 import tyro
 
 from data import Features
-from probes import (ClipProbe, Plan, ProbeTraining, SegmentProbe, accuracy, annotated, numbered, open_run,
-                    open_set_metrics, report, segment_metrics)
+from probes import (ClipProbe, Plan, ProbeTraining, accuracy, annotated, open_run, open_set_metrics, report,
+                    segment_metrics)
 from run import explain_input_errors, pick_device
 
 DROPOUT_DRAWS = 2  # encodings with dropout that the epochs of a probe take in turn; released: one an epoch
@@ -89,12 +89,18 @@ def best_threshold(confidence, prediction, target, num_known: int) -> dict:
     return best
 
 
-class FadingSegmentProbe(SegmentProbe):
-    """The released probe of segments: its second loss fades with weights alpha (C + 1,) that it learns."""
+class FadingSegmentProbe(nn.Module):
+    """The released probe of segments, as `probes.SegmentProbe`, but with linear layers of `widths`, then one of C + 1;
+    its second loss fades with weights alpha (C + 1,) that it learns."""
 
     def __init__(self, width: int, classes: int, widths: tuple):
-        super().__init__(width, classes, widths)
+        super().__init__()
+        sizes = (width, *widths, classes + 1)
+        self.layers = nn.Sequential(*map(nn.Linear, sizes, sizes[1:]))
         self.alpha = nn.Parameter(torch.full((classes + 1,), 0.1))
+
+    def forward(self, codes):
+        return codes.each(self.layers)
 
     def loss(self, codes, target):
         """target (B, T, C + 1): binary cross-entropy, less the mean of sum over c of y_c log softmax_c exp(-alpha_c)"""
@@ -111,9 +117,8 @@ def origins(features: Features) -> list:
 def evaluate(plan: Plan, model, encode, codebook_size: int, paper: dict) -> dict:
     """The released probes of the plan's tasks, with the method's settings `paper` -> {tag: value}. The plan is one of
     `every_clip`; as with `Plan.evaluate`, the model, its mode and the random state are left as they were."""
-    train, test = plan.parts["train"], plan.parts["test"]
     if plan.own_target:  # the release has settings of their own for other lists and for other data sets
-        kind = "target" if origins(train.features) == origins(test.features) else "across"
+        kind = "target" if origins(plan.source) == origins(plan.target) else "across"
         paper = {task: paper.get(f"{task}_{kind}", setting) for task, setting in paper.items()}
     tags = {}
     with plan.probing(model, encode, codebook_size) as read:
@@ -121,7 +126,7 @@ def evaluate(plan: Plan, model, encode, codebook_size: int, paper: dict) -> dict
         def noisy(modality):  # codes of the training clips with dropout on, as the released probes train
             torch.manual_seed(0)
             model.train()
-            draws = [read(train.features, modality, train.clips) for _ in range(DROPOUT_DRAWS)]
+            draws = [read(plan.source, modality, plan.parts["train"].index) for _ in range(DROPOUT_DRAWS)]
             model.eval()
             return draws
 
@@ -152,33 +157,35 @@ class BestEpoch:
         return tags
 
 
-def clip_probe_epochs(plan: Plan, draws: list, numbers: list, setting: dict):
-    """Train a probe of whole clips on encodings `draws` [Codes] of the training clips, those with one event of a class
-    among `numbers`; gives it after every epoch."""
-    single = plan.single["train"]
-    is_single = np.isin(plan.parts["train"].clips, single.clips)
-    label = numbered(numbers, single.label, len(plan.classes))
-    known = label < len(numbers)
-    probe = partial(ClipProbe, draws[0].rows.shape[-1], len(numbers))
-    run = ProbeTraining(probe, label.device, setting["learning_rate"], setting["batch_size"])
+def drawn(plan: Plan, part, draws: list) -> list:
+    """Of encodings `draws` [Codes] of all training clips those of the clips of `part`."""
+    rows = torch.from_numpy(np.isin(plan.parts["train"].index, part.index)).to(plan.device)
+    return [draw[rows] for draw in draws]
+
+
+def clip_probe_epochs(plan: Plan, draws: list, train, setting: dict):
+    """Train a probe of whole clips on encodings `draws` [Codes] of the training clips, those of `train` with a class
+    that it knows; gives it after every epoch."""
+    known = train[train.label < len(train.classes)]
+    draws = drawn(plan, known, draws)
+    probe = partial(ClipProbe, draws[0].rows.shape[-1], len(train.classes))
+    run = ProbeTraining(probe, plan.device, setting["learning_rate"], setting["batch_size"])
     for epoch in range(setting["epochs"]):
-        codes = draws[epoch % len(draws)][torch.from_numpy(is_single).to(label.device)]
-        run.epoch(codes[known], label[known])
+        run.epoch(draws[epoch % len(draws)], known.label)
         yield run
 
 
 def classification(plan: Plan, noisy, setting: dict) -> dict:
     """Scored on the target or, without one of its own, on the training clips in the other modality; noisy(m) [Codes]"""
-    tags, classes = {}, list(range(len(plan.classes)))
-    scored = plan.single["test" if plan.own_target else "train"]
-    scored = scored[(scored.label < len(classes)).cpu()]
+    tags, parts = {}, plan.with_known(plan.classes, closed=True)
+    scored = parts["test" if plan.own_target else "train"]
     # of batches as the released loader shuffles them
     order = torch.randperm(len(scored), generator=torch.Generator().manual_seed(0)).to(plan.device)
     for source, targets in plan.directions.items():
         best = BestEpoch(setting["metric"])
-        for run in clip_probe_epochs(plan, noisy(source), classes, setting):
+        for run in clip_probe_epochs(plan, noisy(source), parts["train"], setting):
             for target in targets:
-                prediction = run.logits(scored.codes(target)).softmax(-1).argmax(-1)
+                prediction = run.logits(plan.codes(scored, target)).softmax(-1).argmax(-1)
                 if setting["metric"] == "macro_precision":
                     value = macro_precision(prediction[order], scored.label[order], setting["batch_size"])
                 else:
@@ -190,14 +197,15 @@ def classification(plan: Plan, noisy, setting: dict) -> dict:
 
 def open_set(plan: Plan, noisy, setting: dict) -> dict:
     """Threshold and epoch are those of the best HOS on the test clips; noisy(m) [Codes] -> tags"""
-    tags, scored = {}, plan.single["test"]
-    for (entry, numbers), (source, targets) in itertools.product(plan.known.items(), plan.directions.items()):
-        true = numbered(numbers, scored.label, len(plan.classes))
+    tags = {}
+    for (entry, classes), (source, targets) in itertools.product(plan.known.items(), plan.directions.items()):
+        parts = plan.with_known(classes)
+        scored = parts["test"]
         best = BestEpoch(setting["metric"])
-        for run in clip_probe_epochs(plan, noisy(source), numbers, setting):
+        for run in clip_probe_epochs(plan, noisy(source), parts["train"], setting):
             for target in targets:
-                confidence, prediction = run.logits(scored.codes(target)).softmax(-1).max(-1)
-                found = best_threshold(confidence, prediction, true, len(numbers))
+                confidence, prediction = run.logits(plan.codes(scored, target)).softmax(-1).max(-1)
+                found = best_threshold(confidence, prediction, scored.label, len(classes))
                 best.add(target, {name: found[name] for name in ("os_star", "unk", "hos")})
         tags |= best.tags(plan, f"open_set_{entry}", source)
     return tags
@@ -207,19 +215,19 @@ def localization(plan: Plan, noisy, setting: dict) -> dict:
     """A probe of every segment, its epoch chosen on the test clips; noisy(m) [Codes] -> tags"""
     tags = {}
     for source, targets in plan.event_directions.items():
-        _, event, keep = annotated(plan.parts["train"], source, plan.own_target)
-        draws = [draw[torch.from_numpy(keep)] for draw in noisy(source)]
+        train, event = annotated(plan, "train", source)
+        draws = drawn(plan, train, noisy(source))
         width = draws[0].rows.shape[-1]
         widths = [width // part for part in setting["widths"]]
         run = ProbeTraining(partial(FadingSegmentProbe, width, len(plan.classes), widths), event.device,
                             setting["learning_rate"], setting["batch_size"])
         run.clipped = list(run.probe.layers.parameters())  # not the fading weights
-        tests = {target: annotated(plan.parts["test"], target, plan.own_target)[:2] for target in targets}
+        tests = {target: annotated(plan, "test", target) for target in targets}
         best = BestEpoch(setting["metric"])
         for epoch in range(setting["epochs"]):
             run.epoch(draws[epoch % len(draws)], event)
             for target, (test, true) in tests.items():
-                score = run.logits(test.codes(target)).sigmoid()
+                score = run.logits(plan.codes(test, target)).sigmoid()
                 best.add(target, batch_segment_metrics(score, true, setting["batch_size"]))
         tags |= best.tags(plan, "localization", source)
     return tags

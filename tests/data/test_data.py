@@ -55,6 +55,16 @@ def error_of(action) -> str:
 # ---------------------------------------------------------------------------------------------------------- schema
 
 
+@pytest.mark.parametrize("name", ["mel.spec", "keys", "type"])
+def test_modalities_that_no_network_can_be_named_after(tmp_path, name):
+    with h5py.File(tmp_path / "odd.h5", "w") as h5:
+        h5.attrs.update(format="cmg-features", version=1)
+        h5["audio"], h5[name] = np.zeros((4, 2, 3), np.float32), np.zeros((4, 2, 3), np.float32)
+        h5["split"], h5["id"] = np.zeros(4, np.uint8), list("abcd")
+    with pytest.raises(data.InputError, match=f"odd.h5: rename dataset '{name}'"):
+        data.Features([str(tmp_path / "odd.h5")]).shapes()
+
+
 def test_a_valid_file(valid):
     file = FeatureFile(valid)
     assert file.modalities == ["audio", "video", "touch"]  # the known ones first, in their order

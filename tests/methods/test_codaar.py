@@ -41,7 +41,6 @@ from reference import (
 import codaar
 from codaar import (
     AlignedQuantizer,
-    alignment,
     cascade,
     cascade_order,
     ema_update,
@@ -221,45 +220,6 @@ def test_row_commitment_equals_the_loop_and_teaches_the_encoders_only(names):
     assert_no_gradient(loss, list(codebooks.values()))
 
 
-# ----------------------------------------------------------------------------------------------------------- alignment
-def cosine(x, y):
-    return ((x * y).sum() / (x.square().sum().sqrt() * y.square().sum().sqrt())).item()
-
-
-def slow_alignment(codebooks, code_index):
-    expected = {}
-    for a, b in itertools.combinations(code_index, 2):
-        together = []
-        cosines = []
-        ranks = []
-        for i, t in itertools.product(range(3), range(4)):
-            k = code_index[a][i, t]
-            row = codebooks[a][k]
-            right = cosine(row, codebooks[b][k])
-            together.append(float(k == code_index[b][i, t]))
-            cosines.append(right)
-            ranks.append(sum(cosine(row, other) > right + 1e-12 for other in codebooks[b]))
-        expected |= {f"codebook/agreement_{a}_{b}": mean(together), f"codebook/cosine_{a}_{b}": mean(cosines),
-                     f"codebook/rank_{a}_{b}": mean(ranks)}
-    return expected
-
-
-@SOME
-def test_alignment_equals_the_loop_over_segments(names):
-    codebooks = {m: tensor.requires_grad_() for m, tensor in some_codebooks(names, size=4).items()}
-    index = codes(names, size=4)
-    tags = alignment(codebooks, index)
-    assert {tag: value.item() for tag, value in tags.items()} == pytest.approx(slow_alignment(codebooks, index))
-    assert not any(value.requires_grad for value in tags.values())
-
-
-def test_alignment_of_equal_codebooks_and_indices_is_perfect():
-    codebooks = dict.fromkeys(THREE[:2], rand(7, 5))
-    index = dict.fromkeys(THREE[:2], codes(THREE)["audio"])
-    values = {tag.split("/")[1]: value.item() for tag, value in alignment(codebooks, index).items()}
-    assert values == pytest.approx({"agreement_audio_video": 1, "cosine_audio_video": 1, "rank_audio_video": 0})
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("device", DEVICES)
 def test_mix_cascade_and_commitment_keep_dtype_and_device(device, dtype):
@@ -373,15 +333,15 @@ def origin(rows, z, source, codebooks, live):
 
 
 @SOME
-@pytest.mark.parametrize("source", ["batch", "paired", "live"])
+@pytest.mark.parametrize("start", ["batch", "paired"])
 @pytest.mark.parametrize("size", [9, 40])  # fewer codes than segments, and more
-def test_aligned_quantizer_starts_an_index_from_one_segment_of_all_modalities(names, source, size):
+def test_aligned_quantizer_starts_an_index_from_one_segment_of_all_modalities(names, start, size):
     z = features(names)
-    args = small_args(codaar, codebook_size=size, code_dim=5, reset_source=source)
+    args = small_args(codaar, codebook_size=size, code_dim=5, codebook_init=start, reset_source="live")
     quantizer = build(AlignedQuantizer, names, args)
     quantizer.init_from_batch(z, generator())
-    taken = [places(said_together(z, "batch"), rows, 1e-9 if size == 9 else 0.02)
-             for rows in quantizer.codebooks.transpose(0, 1)]
+    said = said_together(z, start)
+    taken = [places(said, rows, 1e-9 if size == 9 else 0.02) for rows in quantizer.codebooks.transpose(0, 1)]
     assert all(len(found) == 1 for found in taken)
     assert len({found[0] for found in taken}) == min(size, 12)
     for a, b in itertools.combinations(quantizer.codebook, 2):
@@ -391,14 +351,15 @@ def test_aligned_quantizer_starts_an_index_from_one_segment_of_all_modalities(na
     assert not any(buffer.requires_grad for buffer in quantizer.buffers())
 
 
-def test_aligned_quantizer_start_draws_from_the_generator_alone():
-    quantizer = make_quantizer(THREE)
+@pytest.mark.parametrize("start", ["batch", "paired"])
+def test_aligned_quantizer_start_draws_from_the_generator_alone(start):
+    quantizer = make_quantizer(THREE, codebook_init=start)
 
-    def start(drawn):
+    def begin(drawn):
         quantizer.init_from_batch(features(THREE), drawn)
         return quantizer.codebooks.clone()
 
-    assert_draws_from_generator_alone(start)
+    assert_draws_from_generator_alone(begin)
 
 
 def slow_update(expected, names, index, ema_input):

@@ -1,4 +1,4 @@
-"""The losses of micu.py against slow loops written from the paper's equations, its masks and its puzzles.
+"""The losses of micu.py against slow loops written from the paper's equations, its decoder, masks and puzzles.
 
 Every reference takes one vector, pair or permutation at a time; values and gradients must agree in float64.
 """
@@ -16,6 +16,7 @@ from reference import (
     assert_finite_with_gradient,
     assert_no_gradient,
     assert_same_loss,
+    assert_same_output,
     assert_uniform,
     build,
     codes,
@@ -25,6 +26,7 @@ from reference import (
     mean,
     minus_log_share,
     rand,
+    slow_linear,
     small_args,
     turned,
 )
@@ -32,13 +34,13 @@ from reference import (
 import micu
 from micu import (
     CUJP,
-    MMJP,
     commitment_loss,
+    decoder,
     draw_mask,
     draw_puzzles,
     fcmi_loss,
     info_nce,
-    make_jigsaw,
+    mmjp_input,
 )
 from run import InputError
 
@@ -47,6 +49,17 @@ SIMILARITIES = ["dot", "cosine"]
 
 def binary(*shape, seed=9):
     return (torch.rand(*shape, dtype=torch.float64, generator=generator(seed)) > 0.3).double()
+
+
+# ------------------------------------------------------------------------------------------------------------- decoder
+def test_decoder_of_a_code_is_two_layers_with_256_units_between():
+    network = build(decoder, 4, 6)
+    first, _, last = network
+    code = rand(2, 3, 4, grad=True)
+    rows = [slow_linear(last, torch.relu(slow_linear(first, row))) for row in code.flatten(0, 1)]
+    reference = torch.stack(rows).unflatten(0, (2, 3))
+    assert reference.shape == (2, 3, 6) and first.out_features == 256
+    assert_same_output(network(code), reference, [code, *network.parameters()])
 
 
 # ----------------------------------------------------------------------------------------------------- commitment_loss
@@ -381,7 +394,7 @@ def test_cujp_keeps_dtype_and_device_and_stays_finite_for_large_codes(dtype, dev
 
 @pytest.mark.parametrize("splits", [3, 5, 16])
 def test_cujp_refuses_splits_that_do_not_divide_a_code(splits):
-    with pytest.raises(InputError, match=f"--cujp-splits {splits}.* 8") as error:
+    with pytest.raises(InputError, match=f"{splits} parts do not divide .* 8") as error:
         CUJP(8, splits, 2, 0)
     assert "\n" not in str(error.value)
 
@@ -405,7 +418,7 @@ def test_cujp_rejects_wrong_shapes(change, name):
         CUJP(8, 4, 7, 0)(quantized, modality, permutation)
 
 
-# ---------------------------------------------------------------------------------------------------------------- MMJP
+# ---------------------------------------------------------------------------------------------------------- mmjp_input
 def slow_mmjp(jigsaw, quantized, splits, permutation):
     """The parts of all modalities, one modality after the other, are shuffled together."""
     vectors = [tensor.reshape(-1, tensor.shape[-1]) for tensor in quantized.values()]
@@ -417,65 +430,54 @@ def slow_mmjp(jigsaw, quantized, splits, permutation):
 
 
 @SOME
+def test_mmjp_input_is_one_modality_that_says_what_all_say(names):
+    quantized = features(names, width=8)
+    (joint,) = mmjp_input(quantized).values()
+    assert joint.shape == (3, 4, 8 * len(names))
+    for i, t in itertools.product(range(3), range(4)):
+        assert torch.equal(joint[i, t], torch.cat([quantized[m][i, t] for m in names]))
+
+
+@SOME
 @pytest.mark.parametrize("splits", [1, 2, 4])
-def test_mmjp_equals_the_loop(splits, names):
-    mmjp = build(MMJP, 8, splits, 2, 3, len(names))
-    assert mmjp.permutations.shape == (2, splits * len(names))
-    assert mmjp.hidden.weight.shape == (512, 8 * len(names))
+def test_cujp_over_mmjp_input_equals_the_loop(splits, names):
+    parts = splits * len(names)
+    jigsaw = make_cujp(8 * len(names), parts, 2)
     quantized = features(names, 2, 3, 8)
-    modality, permutation = puzzles(6, len(names), splits * len(names), 2, 3)
-    loss = mmjp(quantized, modality, permutation)
-    inputs = [*quantized.values(), *mmjp.parameters()]
-    assert_same_loss(loss, slow_mmjp(mmjp, quantized, splits, permutation), inputs)
-    assert torch.equal(loss, mmjp(quantized, 0 * modality, permutation))  # every part is there once
+    modality, permutation = puzzles(6, 1, parts, 2, 3)
+    loss = jigsaw(mmjp_input(quantized), modality, permutation)
+    inputs = [*quantized.values(), *jigsaw.parameters()]
+    assert_same_loss(loss, slow_mmjp(jigsaw, quantized, splits, permutation), inputs)
 
 
-@pytest.mark.parametrize("video, permutation, name", [
-    ((2, 3, 6), (6, 2), "quantized"), ((2, 4, 8), (6, 2), "quantized"), ((2, 3, 8), (5, 2), "permutation")])
-def test_mmjp_rejects_wrong_shapes(video, permutation, name):
+@pytest.mark.parametrize("video, permutation, name", [((2, 3, 6), (6, 2), "quantized"),
+                                                      ((2, 3, 8), (5, 2), "permutation")])
+def test_cujp_over_mmjp_input_rejects_wrong_shapes(video, permutation, name):
     quantized = {"audio": torch.zeros(2, 3, 8), "video": torch.zeros(video)}
+    modality = torch.zeros(6, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
-        MMJP(8, 2, 7, 0, 2)(quantized, None, torch.zeros(permutation, dtype=torch.int64))
+        CUJP(16, 4, 7, 0)(mmjp_input(quantized), modality, torch.zeros(permutation, dtype=torch.int64))
 
 
-# ------------------------------------------------------------------------------------------- make_jigsaw, draw_puzzles
-@pytest.mark.parametrize("splits, asked, permutations", [(2, 256, 2), (4, 256, 24), (8, 256, 256), (4, 5, 5)])
-def test_make_jigsaw_gives_cujp_with_as_many_permutations_as_exist_or_asked(splits, asked, permutations):
-    args = small_args(micu, code_dim=16, cujp_splits=splits, cujp_permutations=asked, seed=4)
-    jigsaw = make_jigsaw(3, args)
-    assert type(jigsaw) is CUJP
-    assert jigsaw.hidden.in_features == 16
-    assert torch.equal(jigsaw.permutations, CUJP(16, splits, permutations, 4).permutations)
+# -------------------------------------------------------------------------------------------------------- draw_puzzles
+def drawn_puzzles(vectors=400, modalities=3, samples=8):
+    """Of four parts and six permutations"""
+    return draw_puzzles(make_cujp(permutations=6), vectors, modalities, samples, generator())
 
 
-@pytest.mark.parametrize("splits, modalities, permutations", [(1, 2, 2), (1, 3, 6), (2, 2, 24), (2, 3, 256)])
-def test_make_jigsaw_gives_mmjp_over_the_parts_of_all_modalities(splits, modalities, permutations):
-    args = small_args(micu, code_dim=16, jigsaw="mmjp", cujp_splits=splits, seed=4)
-    jigsaw = make_jigsaw(modalities, args)
-    assert type(jigsaw) is MMJP
-    assert jigsaw.hidden.in_features == 16 * modalities
-    assert torch.equal(jigsaw.permutations, MMJP(16, splits, permutations, 4, modalities).permutations)
-
-
-def drawn_puzzles(names=THREE, batch=10, segments=40, permutations=6, seed=0, **changes):
-    args = small_args(micu, cujp_splits=4, cujp_permutations=permutations, **changes)
-    index = codes(names, batch, segments)
-    return draw_puzzles(index, make_jigsaw(len(names), args), args, generator(seed))
-
-
-@pytest.mark.parametrize("names", [THREE[:2], THREE], ids=["two", "three"])
-def test_draw_puzzles_takes_every_modality_alike_for_every_vector_and_part(names):
-    modality, _ = drawn_puzzles(names)
+@pytest.mark.parametrize("modalities", [2, 3])
+def test_draw_puzzles_takes_every_modality_alike_for_every_vector_and_part(modalities):
+    modality, _ = drawn_puzzles(modalities=modalities)
     assert modality.shape == (400, 4) and modality.dtype == torch.int64
     neighbours = [(modality[:, ::2], modality[:, 1::2]), (modality[::2], modality[1::2])]  # parts, vectors
     for left, right in neighbours:
-        assert_uniform((left * len(names) + right).flatten().bincount(minlength=len(names) ** 2))
+        assert_uniform((left * modalities + right).flatten().bincount(minlength=modalities ** 2))
     for part in modality.T:
-        assert_uniform(part.bincount(minlength=len(names)))
+        assert_uniform(part.bincount(minlength=modalities))
 
 
 def test_draw_puzzles_takes_every_permutation_alike_for_every_vector():
-    _, permutation = drawn_puzzles(cujp_samples=3)
+    _, permutation = drawn_puzzles(samples=3)
     assert permutation.shape == (400, 3) and permutation.dtype == torch.int64
     for column in permutation.T:
         assert_uniform(column.bincount(minlength=6))
@@ -484,37 +486,37 @@ def test_draw_puzzles_takes_every_permutation_alike_for_every_vector():
 
 
 def test_draw_puzzles_shows_all_permutations_in_order_if_samples_is_0():
-    modality, permutation = drawn_puzzles(batch=2, segments=3, cujp_samples=0)
+    modality, permutation = drawn_puzzles(vectors=6, samples=0)
     assert modality.shape == (6, 4)
     assert torch.equal(permutation, torch.arange(6).expand(6, 6))
 
 
 @pytest.mark.parametrize("samples", [0, 2])
-def test_draw_puzzles_fits_either_jigsaw(samples):
+def test_draw_puzzles_fits_the_parts_of_any_modality_and_those_of_all_together(samples):
     quantized = features(THREE, 2, 3, 8)
-    for kind in ("cujp", "mmjp"):
-        args = small_args(micu, code_dim=8, jigsaw=kind, cujp_splits=2, cujp_permutations=5, cujp_samples=samples)
-        jigsaw = make_jigsaw(3, args).double()
-        assert torch.isfinite(jigsaw(quantized, *draw_puzzles(codes(THREE, 2, 3), jigsaw, args, generator())))
+    for pieces in (quantized, mmjp_input(quantized)):
+        (width,) = {tensor.shape[-1] for tensor in pieces.values()}
+        jigsaw = make_cujp(width, width // 4, 2)
+        drawn = draw_puzzles(jigsaw, 6, len(pieces), samples, generator())
+        assert drawn[0].shape == (6, width // 4) and drawn[1].shape == (6, 2)
+        assert torch.isfinite(jigsaw(pieces, *drawn))
 
 
 def test_draw_puzzles_draws_from_the_generator_alone():
-    args = small_args(micu, cujp_splits=4)
-    jigsaw = make_jigsaw(3, args)
-    assert_draws_from_generator_alone(lambda drawn: torch.cat(draw_puzzles(codes(THREE), jigsaw, args, drawn), 1))
+    jigsaw = make_cujp()
+    assert_draws_from_generator_alone(lambda drawn: torch.cat(draw_puzzles(jigsaw, 12, 3, 8, drawn), 1))
 
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_cujp_of_sampled_permutations_is_an_unbiased_estimate(samples):
-    args = small_args(micu, code_dim=8, cujp_splits=4, cujp_permutations=7, cujp_samples=samples)
-    cujp = build(make_jigsaw, 3, args)
+    cujp = make_cujp()
     vectors = rand(2, 3, 8)
     quantized = dict.fromkeys(THREE, vectors)  # from whichever modality a part comes
     full = cujp(quantized, torch.zeros(6, 4, dtype=torch.int64), torch.arange(7).expand(6, 7)).detach()
     drawn = generator()
     draws = []
     for _ in range(300):
-        draws.append(cujp(quantized, *draw_puzzles(codes(THREE, 2, 3), cujp, args, drawn)).detach())
+        draws.append(cujp(quantized, *draw_puzzles(cujp, 6, 3, samples, drawn)).detach())
     draws = torch.stack(draws)
     assert draws.std() > 0
     assert (draws.mean() - full).abs() < 5 * draws.std() / math.sqrt(300)

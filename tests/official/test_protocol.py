@@ -84,7 +84,7 @@ def test_segment_loss():
             binary -= math.log(1 / (1 + math.exp(-v if y else v))) / 12
             second -= y * (v - math.log(total)) * math.exp(-probe.alpha[c].item()) / 4
     assert probe.loss(codes, target).item() == pytest.approx(binary + second, rel=1e-5)
-    plain = probes.SegmentProbe(6, 2, (6,))
+    plain = probes.SegmentProbe(6, 2)
     plain.load_state_dict({k: v for k, v in probe.state_dict().items() if k != "alpha"})
     assert plain.loss(codes, target).item() == pytest.approx(binary, rel=1e-5)
 
@@ -162,7 +162,7 @@ def side(tmp_path):
 def test_released_lists_without_splits_do_for_the_paper_s_protocol(side):
     source, target = (side(m, ABC, np.arange(60) % 3, [0] * 60) for m in ("audio", "text"))
     assert go(source, target, "classification", paper=PAPER)["classification/a2t/acc_paper"] == 1
-    with pytest.raises(InputError, match="test split is empty"):
+    with pytest.raises(InputError, match="no labelled test clips"):
         go(source, target, "classification")
 
 
@@ -248,7 +248,7 @@ def test_macro_precision_is_of_shuffled_batches(toy, monkeypatch):
 def test_an_open_set_needs_no_held_out_clips(tmp_path):
     path = write_toy(tmp_path / "noval.h5", lambda h5, split: h5["split"].__setitem__(slice(None), split // 2 * 2))
     assert "open_set_2/a2t/hos_paper" in ask(path, known=("2",), paper=PAPER)
-    with pytest.raises(InputError, match="val split is empty"):
+    with pytest.raises(InputError, match="labelled val clips"):
         ask(path, "open_set", known=("2",))
 
 

@@ -10,6 +10,7 @@ import torch
 import tyro
 
 import micu
+import pictures
 import probes
 from conftest import edit
 from data import Features
@@ -68,7 +69,7 @@ def test_a_plan_is_used_again_and_sees_the_model_as_it_is_then(tiny, quick):
     assert {m: (len(row), row.sum().item()) for m, row in selections.items()} == dict.fromkeys(
         features.modalities, (SIZE, 10 * clips))
     assert all((row > 0).sum() == 1 for row in collapsed.values())
-    assert plan.parts["train"].of.known_codes == plan.parts["test"].of.known_codes == {}  # no memory is held
+    assert plan.kept == {}  # no memory is held
 
 
 def test_a_model_that_fails_is_left_as_it_was(tiny):
@@ -255,7 +256,7 @@ def test_the_command_line_prints_and_writes_what_evaluate_gives(run, tiny, capsy
     command(probes.main, run, "--known", "5", "--score", "energy", "--out", "out.json")
     found = json.loads((run.parent / "out.json").read_text())
     expected = evaluate(probes.load(run)[3], Features([tiny]), score="energy")[0]
-    assert found == expected and capsys.readouterr().out.rstrip("\n") == probes.table(expected)
+    assert found == expected and capsys.readouterr().out.rstrip("\n") == pictures.table(expected, probes.SCORES)
     command(probes.main, run, tiny, "--known", "5", "--score", "energy", "--out", "out.json")  # a file by name
     assert json.loads((run.parent / "out.json").read_text()) == found
 
