@@ -39,7 +39,8 @@ PARTS = {  # of a step: names in a script
     "encoders": ["SemanticEncoder"], "quantizer": ["Quantizer.forward", "AlignedQuantizer.forward"],
     "specific": ["SpecificEncoder"], "decoders": ["Decoder"],
     "commitment": ["commitment_loss", "teacher_commitment_loss", "row_commitment_loss"],
-    "fcmi": ["draw_mask", "fcmi_loss"], "cujp": ["CUJP", "draw_puzzles"], "cpc": ["CrossModalCPC"], "cmcm": ["cmcm_loss"],
+    "fcmi": ["draw_mask", "fcmi_loss"], "cujp": ["CUJP", "draw_puzzles"],
+    "cpc": ["CrossModalCPC"], "cmcm": ["cmcm_loss"],
     "club fit": ["fit_club"], "club": ["CLUB", "pool_specific"],
     "ema": ["Quantizer.update", "AlignedQuantizer.update", "mm_ema_input", "temporal_mix"]}
 
