@@ -12,10 +12,11 @@ draws encoders to their rows:
 
     L = sum over modalities (L_rec + L_commit) + sum over pairs (L_cpc + L_cmcm)                               (Eq. 10)
 
-    python codaar.py --cascade text audio video            # embedded digits: composes, trains, probes, prints the table
+    python codaar.py --cascade text audio video            # on the embedded digits: trains, probes, prints a table
     python codaar.py --help                                # every flag; docs/codaar.md lists paper against release
 
-Shapes: B clips of a batch, T segments, D code width, K codes, M modalities, N = B * T, d any other width.
+"Released" is the authors' code, github.com/EMuLeMultimodal/CoDAAR. Shapes: B clips of a batch, T segments, D code
+width, K codes, M modalities, N = B * T vectors of a modality, d any other width.
 """
 import itertools
 import math
@@ -90,7 +91,7 @@ class Args(Running, Data, Optimisation, Codebook, Method):
     """Every flag; those of `Running` (seed, device, resume, log, ...) stand in run.py."""
 
 
-LIMITS = {  # of numbers, which Run checks; all others must not be negative
+LIMITS = {  # which Run checks; other numbers must not be negative
     "above_zero": ("epochs", "batch_size", "learning_rate", "codebook_size", "code_dim", "cpc_steps"),
     "below_one": ("ema_decay",), "at_most_one": ("commitment_warmup", "lambda_self"),
     "schedules": ("commitment_warmup",),  # a run cannot be resumed for more epochs
@@ -293,7 +294,7 @@ class AlignedQuantizer(nn.Module):
         return dict.fromkeys(z, joint), code_index
 
     def encode(self, z, modality: str):
-        """What a probe reads: z (N, T, D) -> rows (N, T, M * D) or own codes (N, T, D), code_index (N, T)"""
+        """What a probe reads: z (B, T, D) -> rows (B, T, M * D) or own codes (B, T, D), code_index (B, T)"""
         codebook = self.by_modality()[modality]
         code_index = nearest_code(z, codebook)
         return F.embedding(code_index, self.codebook if self.args.probe_code == "row" else codebook), code_index
@@ -338,7 +339,7 @@ class AlignedQuantizer(nn.Module):
         dead = unused.any(0) if self.args.reset_rule == "unshared" else unused.all(0)  # (K,)
         if self.args.reset_source == "live":
             new = copies_of_live(self.codebooks, dead, generator)
-            dead = dead & ~dead.all()  # if all are dead there was none to copy: reset none
+            dead = dead & ~dead.all()  # with all of them dead there was none to copy: reset none
         else:
             new = self.new_codes(z, self.args.reset_source, generator)
         self.codebooks.copy_(torch.where(dead[:, None], new, self.codebooks))
@@ -362,7 +363,7 @@ class Model(nn.Module):
 
 
 def encode(model: Model, features, modality: str):
-    """What a probe reads: features (N, T, ...) -> quantized (N, T, width), code_index (N, T)"""
+    """What a probe reads: features (B, T, ...) -> quantized (B, T, width), code_index (B, T)"""
     z = model.semantic[modality].forward(features)  # uncompiled: probes bring many sizes
     return model.quantizer.encode(z, modality)
 
@@ -518,7 +519,7 @@ if __name__ == "__main__":
         raise InputError(f"--cpc-steps {args.cpc_steps}: needs more than {segments} segments a clip, or --no-cpc")
     networks["cpc"] = CrossModalCPC(list(shape), args.code_dim, args.cpc_steps)
     generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}  # the host cuts z at t
-    more_state = {}  # of other optimizers
+    more_state = {}  # other optimizers, of which there are none here
     rising_steps = args.commitment_warmup * args.epochs * len(batches)
     if args.commitment_cost is None:
         args.commitment_cost = 1.0 if len(shape) == 2 else 2.0
@@ -533,7 +534,8 @@ if __name__ == "__main__":
     # ---- training
     networks.train()
     for batch in run.progress(batches, evaluate):  # {m: (B, T, ...)}, under torchrun the clips of this process
-        # Encode. From here on z holds the clips of all processes: losses and codebook see the whole batch.
+        # Encode. From here on z holds the clips of all processes: losses and codebook see the whole batch. Gradients
+        # flow back through all_gather and are averaged below: together that of one process with the whole batch.
         with autocast():
             z = {m: model.semantic[m](x) for m, x in batch.items()}
         z = {m: all_gather(v.float()) for m, v in z.items()}  # {m: (B, T, D)}

@@ -5,10 +5,10 @@ modality has an encoder; each of its outputs becomes a code: the nearest row of 
 Then encoders and codebook are frozen, and a probe, a small classifier, trained on one modality's codes is tested on
 another's.
 
-FCMI contrasts masked encoder outputs with the whole ones of every modality: which segment of the clip is this (fine),
-which clip of the batch (coarse)? CUJP cuts a code into parts, takes each part from a random modality, permutes them and
-asks for the permutation. Reconstruction keeps content in the codes, the commitment keeps encoders near them, and the
-codes follow the encoders by moving averages (EMA):
+FCMI (fine and coarse masked InfoNCE) contrasts masked encoder outputs with the whole ones of every modality: which
+segment of the clip is this, which clip of the batch? CUJP (cross-modal unified jigsaw puzzles) cuts a code into parts,
+takes each part from a random modality, permutes them and asks for the permutation. Reconstruction keeps content in the
+codes, the commitment keeps encoders near them, and the codes follow the encoders by moving averages (EMA):
 
     L = lambda_1 (L_fine + L_coarse) + lambda_2 L_cujp + lambda_3 L_recon + lambda_4 L_commit                   (Eq. 8)
 
@@ -242,7 +242,7 @@ class Quantizer(nn.Module):
         return quantized, dict(zip(z, code_index))
 
     def encode(self, z, modality: str):
-        """What a probe reads: z (N, T, D) -> quantized (N, T, D), code_index (N, T)"""
+        """What a probe reads: z (B, T, D) -> quantized (B, T, D), code_index (B, T)"""
         code_index = nearest_code(z, self.codebook)
         return F.embedding(code_index, self.codebook), code_index
 
@@ -283,7 +283,7 @@ class Quantizer(nn.Module):
         dead = unused.any(0) if self.args.reset_rule == "unshared" else unused.all(0)  # (K,)
         if self.args.reset_source == "live":
             new = copies_of_live(self.codebook, dead, generator)
-            dead = dead & ~dead.all()  # if all are dead there was none to copy: reset none
+            dead = dead & ~dead.all()  # with all of them dead there was none to copy: reset none
         else:
             new = self.new_codes(z, self.args.reset_source, generator)
         self.codebook.copy_(torch.where(dead[:, None], new, self.codebook))
@@ -307,7 +307,7 @@ class Model(nn.Module):
 
 
 def encode(model: Model, features, modality: str):
-    """What a probe reads: features (N, T, ...) -> quantized (N, T, width), code_index (N, T)"""
+    """What a probe reads: features (B, T, ...) -> quantized (B, T, width), code_index (B, T)"""
     z = model.semantic[modality].forward(features)  # uncompiled: probes bring many sizes
     return model.quantizer.encode(z, modality)
 
@@ -462,10 +462,10 @@ if __name__ == "__main__":
         raise InputError(f"--cujp-splits {args.cujp_splits}: must divide --code-dim {args.code_dim}")
     side_by_side = 1 if args.jigsaw == "cujp" else len(shape)  # modalities in one puzzle
     splits = side_by_side * args.cujp_splits
-    permutations = min(math.factorial(splits), 256)  # P
+    permutations = min(math.factorial(splits), 256)  # P; the limit is ours
     networks["jigsaw"] = CUJP(side_by_side * args.code_dim, splits, permutations, args.seed)
     generators = {name: run.generator(name) for name in ("codebook", "mask", "jigsaw")}
-    more_state = {}  # of other optimizers
+    more_state = {}  # other optimizers, of which there are none here
     # ====================================================================================================== end of MICU
     networks.to(device)
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.learning_rate, fused=True)
@@ -475,7 +475,8 @@ if __name__ == "__main__":
     # ---- training
     networks.train()
     for batch in run.progress(batches, evaluate):  # {m: (B, T, ...)}, under torchrun the clips of this process
-        # Encode. From here on z holds the clips of all processes: losses and codebook see the whole batch.
+        # Encode. From here on z holds the clips of all processes: losses and codebook see the whole batch. Gradients
+        # flow back through all_gather and are averaged below: together that of one process with the whole batch.
         with autocast():
             z = {m: model.semantic[m](x) for m, x in batch.items()}
         z = {m: all_gather(v.float()) for m, v in z.items()}  # {m: (B, T, D)}
@@ -497,6 +498,7 @@ if __name__ == "__main__":
         fine, coarse = fcmi_loss(z, mask, args.temperature, args.similarity)  # Eq. 4, Eq. 5
 
         pieces = own if args.jigsaw == "cujp" else mmjp_input(own)
+        # drawn for the whole batch, so that it does not matter how many processes share it
         modality, permutation = draw_puzzles(networks["jigsaw"], args.batch_size * segments, len(pieces),
                                              args.cujp_samples, generators["jigsaw"])
         with autocast():

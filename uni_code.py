@@ -11,10 +11,11 @@ moving averages, mixed with what other modalities say (MM-EMA), and the commitme
 
     L = L_recon + L_commit + L_cpc + L_cmcm + lambda_club L_MI                                                  (4.4)
 
-    python uni_code.py --cpc-steps 1 --mm-ema attention    # embedded digits: composes, trains, probes, prints the table
+    python uni_code.py --cpc-steps 1 --mm-ema attention    # on the embedded digits: trains, probes, prints a table
     python uni_code.py --help                              # every flag; docs/uni_code.md lists paper against release
 
-Shapes: B clips of a batch, T segments, D code width, K codes, M modalities, N = B * T, d any other width.
+"Released" is the authors' code, github.com/haihuangcode/CMG. Shapes: B clips of a batch, T segments, D code
+width, K codes, M modalities, N = B * T vectors of a modality, d any other width.
 """
 import itertools
 import math
@@ -89,7 +90,7 @@ class Args(Running, Data, Optimisation, Codebook, Method):
     """Every flag; those of `Running` (seed, device, resume, log, ...) stand in run.py."""
 
 
-LIMITS = {  # of numbers, which Run checks; all others must not be negative
+LIMITS = {  # which Run checks; other numbers must not be negative
     "above_zero": ("epochs", "batch_size", "learning_rate", "codebook_size", "code_dim", "club_steps",
                    "club_learning_rate", "cpc_steps"),
     "below_one": ("ema_decay",), "at_most_one": ("commitment_warmup",),
@@ -244,7 +245,7 @@ class Quantizer(nn.Module):
         return quantized, dict(zip(z, code_index))
 
     def encode(self, z, modality: str):
-        """What a probe reads: z (N, T, D) -> quantized (N, T, D), code_index (N, T)"""
+        """What a probe reads: z (B, T, D) -> quantized (B, T, D), code_index (B, T)"""
         code_index = nearest_code(z, self.codebook)
         return F.embedding(code_index, self.codebook), code_index
 
@@ -285,7 +286,7 @@ class Quantizer(nn.Module):
         dead = unused.any(0) if self.args.reset_rule == "unshared" else unused.all(0)  # (K,)
         if self.args.reset_source == "live":
             new = copies_of_live(self.codebook, dead, generator)
-            dead = dead & ~dead.all()  # if all are dead there was none to copy: reset none
+            dead = dead & ~dead.all()  # with all of them dead there was none to copy: reset none
         else:
             new = self.new_codes(z, self.args.reset_source, generator)
         self.codebook.copy_(torch.where(dead[:, None], new, self.codebook))
@@ -309,7 +310,7 @@ class Model(nn.Module):
 
 
 def encode(model: Model, features, modality: str):
-    """What a probe reads: features (N, T, ...) -> quantized (N, T, width), code_index (N, T)"""
+    """What a probe reads: features (B, T, ...) -> quantized (B, T, width), code_index (B, T)"""
     z = model.semantic[modality].forward(features)  # uncompiled: probes bring many sizes
     return model.quantizer.encode(z, modality)
 
@@ -547,7 +548,8 @@ if __name__ == "__main__":
     # ---- training
     networks.train()
     for batch in run.progress(batches, evaluate):  # {m: (B, T, ...)}, under torchrun the clips of this process
-        # Encode. From here on z holds the clips of all processes: losses and codebook see the whole batch.
+        # Encode. From here on z holds the clips of all processes: losses and codebook see the whole batch. Gradients
+        # flow back through all_gather and are averaged below: together that of one process with the whole batch.
         with autocast():
             z = {m: model.semantic[m](x) for m, x in batch.items()}
         z = {m: all_gather(v.float()) for m, v in z.items()}  # {m: (B, T, D)}
