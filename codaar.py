@@ -81,7 +81,7 @@ class Optimisation:
 
 @dataclass
 class Data:
-    data: tuple[str, ...] = ("digits",)  # cmg-features files, or `digits`, embedded and composed on first use
+    data: tuple[str, ...] = ("digits",)  # cmg-features files, or an embedded set, `digits` or `watch`
     modalities: tuple[str, ...] = ()  # two or more modalities of the data; none named: all of them
     features_on: Literal["auto", "device", "memory", "file"] = "auto"  # where features are kept
 

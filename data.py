@@ -1,14 +1,13 @@
-"""Features of clips in HDF5 (schema `cmg-features`, version 1), batches of them, and the embedded digits set.
+"""Features of clips in HDF5 (schema `cmg-features`, version 1), batches of them, and the embedded sets.
 
     python data.py check FILE                     validate a file completely and print what is inside
-    python data.py compose digits --out FILE      clips of spoken digits, handwritten digits and sentences
+    python data.py compose digits --out FILE      write an embedded set, digits or watch, into a file
 
 A file holds N clips of T segments. Each modality is a dataset (N, T, d) or (N, T, H, W, d) named after it; `split` (N,)
 is 0 train, 1 val, 2 test; `id` (N,), `classes` (C,), and optionally `label` (N,), `events/<modality>` (N, T, C),
 `mask` (N, T, h, w) and `group` (N,). Files from the authors' archives: `python -m official.convert`.
 """
 import hashlib
-import inspect
 import os
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from datasets import digits, watch
 from run import WORLD_SIZE, RANK, InputError, explain_input_errors, first_line, all_gather_object, local_rows
 
 FORMAT, VERSION = "cmg-features", 1
@@ -33,7 +33,7 @@ MODALITY_ORDER = ("audio", "video", "text", "flow")  # others follow as the file
 NOT_MODALITIES = ("label", "events", "mask", "group", "split", "id", "classes")
 NOT_ANNOTATED = 255  # fills the frames of `mask` that nobody drew
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError)  # what h5py raises for a damaged file
-DIGITS_FILE = Path(__file__).parent / "datasets" / "digits.h5"
+EMBEDDED = {"digits": digits, "watch": watch}
 
 
 # ------------------------------------------------------------------------------------------------------- feature files
@@ -66,7 +66,8 @@ class FeatureFile:
 
     def _open(self) -> h5py.File:
         if not os.path.isfile(self.path):
-            raise InputError(f"{self.path}: no such file; give a cmg-features file, or 'digits' for the embedded set")
+            raise InputError(f"{self.path}: no such file; give a cmg-features file, or 'digits' or 'watch' "
+                             "for an embedded set")
         try:
             h5 = h5py.File(self.path, "r")
             found = (h5.attrs.get("format"), h5.attrs.get("version"))
@@ -199,8 +200,8 @@ class FeatureFile:
 class Features:
     """One or several files as one set of clips: the union of their clips, the modalities that all of them hold.
 
-    Each of `paths` is a `cmg-features` file or the name of an embedded set, `digits`, which is composed on first use
-    and kept in `runs_dir`. Raises InputError if a file is not valid or the files do not fit together.
+    Each of `paths` is a `cmg-features` file or the name of an embedded set, which is made on first use and kept in
+    `runs_dir`. Raises InputError if a file is not valid or the files do not fit together.
     """
 
     def __init__(self, paths: list, runs_dir: str = "runs"):
@@ -393,147 +394,29 @@ class Batches:
             reader.shutdown(cancel_futures=True)  # and wait: Python aborts if it ends while a thread is inside torch
 
 
-# --------------------------------------------------------------------------------------- the embedded set: digit clips
-T, GRID, PATCH = 10, 7, 8  # segments; cells a side; pixels a side of a cell
-PIXEL_NOISE, AUDIO_NOISE, CLUTTER = 0.1, 0.1, 3
-
-
-def compose(base: h5py.File, split: int, clips: int, seed: int) -> dict:
-    """`clips` digit clips from the recordings, images and sentences of `split` alone: a pure function of its arguments.
-
-    An event is a digit class over an interval. Three quarters of the clips have one; the others have two of different
-    classes: both digits are in the picture all the time, their sounds follow each other. The video of a clip is shifted
-    against its audio by -1, 0 or 1 segment, as far as the clip allows. `label` is the class of the first event, and the
-    sentence is about it. Returns the datasets of the schema as arrays, `video` (N, T, 7, 7, 64) in 8x8-pixel patches.
-    """
-    rng = np.random.default_rng([seed, split])
-    n = np.arange(clips)
-    two = rng.permutation(n % 4 == 0)
-    first = rng.permutation(n % 10)
-    labels = np.stack([first, (first + rng.integers(1, 10, clips)) % 10], 1)  # (N, 2); the second counts if `two`
-
-    # Intervals, half-open: audio of event e is [cut[e], cut[e+1]); both digits are visible over [start, end) + shift.
-    length = np.where(two[:, None], rng.integers(3, 6, (clips, 2)), np.stack([rng.integers(4, 9, clips), 0 * n], 1))
-    start = rng.integers(0, T - length.sum(1) + 1)
-    cut = start[:, None] + np.concatenate([0 * n[:, None], length.cumsum(1)], 1)  # (N, 3)
-    shift = np.clip(rng.integers(-1, 2, clips), -start, T - cut[:, 2])
-    t = np.arange(T)
-    heard = (t[:, None] >= cut[:, None, :2]) & (t[:, None] < cut[:, None, 1:])  # (N, T, 2)
-    visible = ((t >= (start + shift)[:, None]) & (t < (cut[:, 2] + shift)[:, None]))[..., None]
-    visible = visible & np.stack([n >= 0, two], 1)[:, None]  # (N, T, 2)
-    classes = np.eye(10, dtype=bool)[labels][:, None]  # (N, 1, 2, 10)
-
-    clip = {"audio": _compose_audio(base, split, rng, labels, heard)}
-    clip |= _compose_video(base, split, rng, labels, visible)
-    clip["text"] = _pick(base["text"], split, rng, labels[:, 0], "tokens")
-    clip["label"] = labels[:, 0]
-    clip["split"] = np.full(clips, split, np.uint8)
-    clip["events/audio"] = (heard[..., None] & classes).any(2).astype(np.uint8)  # (N, T, 10)
-    clip["events/video"] = (visible[..., None] & classes).any(2).astype(np.uint8)
-    return clip
-
-
-def _pick(group: h5py.Group, split: int, rng, label: np.ndarray, name: str) -> np.ndarray:
-    """One random row of `split` per wanted label: (...,) labels -> (..., *row)."""
-    rows = np.flatnonzero(group["split"][:] == split)
-    rows = rows[np.argsort(group["label"][:][rows], kind="stable")]
-    count = np.bincount(group["label"][:][rows], minlength=10)
-    chosen = rows[(count.cumsum() - count)[label] + rng.integers(0, count[label])]
-    return group[name][:][chosen]
-
-
-def _compose_audio(base, split, rng, labels, heard) -> np.ndarray:
-    """(N, T, 130): in each segment of its event the recording, as 10 frames x 13 standardised MFCC; low noise always.
-
-    One recording an event, spoken once a segment; each time a little of its start and end is cut, then resampled."""
-    frames = base["audio/frames"][:]
-    length = base["audio/length"][:]
-    train = np.repeat(base["audio/split"][:] == 0, length)
-    frames = (frames - frames[train].mean(0)) / frames[train].std(0)
-    group = {"split": base["audio/split"], "label": base["audio/label"], "row": np.arange(len(length))}
-    row = _pick(group, split, rng, labels, "row")[:, None, :, None]  # (N, 1, 2, 1)
-    cut = rng.uniform(0, 0.15, (2, *heard.shape, 1))
-    position = (cut[0] + (1 - cut.sum(0)) * np.linspace(0, 1, 10)) * (length[row] - 1)  # (N, T, 2, 10) fractional
-    before = np.minimum(position.astype(int), length[row] - 2)
-    weight = (position - before)[..., None]  # of the frame after the position
-    before = before + (length.cumsum() - length)[row]
-    words = frames[before] * (1 - weight) + frames[before + 1] * weight  # (N, T, 2, 10, 13)
-    audio = (heard[..., None] * words.reshape(*heard.shape, 130)).sum(2).astype(np.float32)
-    return (audio + AUDIO_NOISE * rng.standard_normal(audio.shape, np.float32)).astype(np.float16)
-
-
-def _compose_video(base, split, rng, labels, visible) -> dict:
-    """Pixels in [0, 1] plus noise. Each digit walks at random over the grid; three cells hold scrambled digits."""
-    clips = len(labels)
-    n = np.arange(clips)
-    image = _pick(base["image"], split, rng, labels, "pixels").reshape(clips, 2, PATCH**2).astype(np.float32) / 16
-    clutter = _pick(base["image"], split, rng, rng.integers(0, 10, (clips, CLUTTER)), "pixels")
-    clutter = rng.permuted(clutter.reshape(clips, CLUTTER, PATCH**2).astype(np.float32) / 16, axis=2)
-    cells = rng.permuted(np.tile(np.arange(GRID**2), (clips, 1)), axis=1)
-    still = cells[:, 2:2 + CLUTTER]
-
-    video = PIXEL_NOISE * rng.standard_normal((clips, T, GRID**2, PATCH**2), np.float32)
-    mask = np.zeros((clips, T, GRID**2, PATCH**2), np.uint8)
-    here = np.stack(np.divmod(cells[:, :2], GRID), -1)  # (N, 2, row and column); the two digits never share a cell
-    for t in range(T):
-        shown = np.zeros((clips, GRID**2, PATCH**2), np.float32)
-        shown[n[:, None], still] = clutter
-        for e in range(2):
-            on = n[visible[:, t, e]]
-            cell = (here[on, e] * (GRID, 1)).sum(-1)
-            shown[on, cell] = image[on, e]
-            mask[on, t, cell] = (image[on, e] > 0.25) * (labels[on, e] + 1)[:, None]
-        video[:, t] += shown
-        there = np.clip(here + rng.integers(-1, 2, here.shape), 0, GRID - 1)
-        apart = (there[:, 0] != there[:, 1]).any(-1)
-        here = np.where(apart[:, None, None], there, here)
-    canvas = mask.reshape(clips, T, GRID, GRID, PATCH, PATCH).transpose(0, 1, 2, 4, 3, 5)
-    return {"video": video.astype(np.float16).reshape(clips, T, GRID, GRID, PATCH**2),
-            "mask": canvas.reshape(clips, T, GRID * PATCH, GRID * PATCH)}
-
-
-def write_digits(out: str, sizes: tuple = (2400, 400, 800), seed: int = 0) -> None:
-    """Compose the digits set into a `cmg-features` file: written beside `out`, then renamed."""
-    total = sum(sizes)
-    ids = []
-    with h5py.File(DIGITS_FILE, "r") as base, tempfile.TemporaryDirectory(dir=Path(out).parent) as folder:
-        path = Path(folder) / "digits.h5"
-        with h5py.File(path, "w") as h5:
-            h5.attrs.update(format=FORMAT, version=VERSION, name="digits", source=base.attrs["source"],
-                            license=base.attrs["license"])
-            h5["classes"] = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-            for split, size in enumerate(sizes):
-                start = len(ids)
-                ids += [f"{SPLITS[split]}-{i:05d}" for i in range(size)]
-                for name, values in compose(base, split, size, seed).items():
-                    storage = {"chunks": (1, *values.shape[1:]), "compression": 1} if name == "mask" else {}
-                    data = h5.require_dataset(name, (total, *values.shape[1:]), values.dtype, exact=True, **storage)
-                    data[start:start + size] = values
-            h5["id"] = ids
+# ------------------------------------------------------------------------------------------------------- embedded sets
+def write_embedded(name: str, out: Path, **options) -> None:
+    """The feature file of an embedded set: made beside `out`, then renamed."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        path = Path(folder) / "new.h5"
+        EMBEDDED[name].write(str(path), **options)
         os.replace(path, out)
 
 
-def digits_key() -> str:
-    """Of all that decides what the composed set holds: the base arrays, the constants, the functions' text."""
-    digest = hashlib.sha256(DIGITS_FILE.read_bytes())
-    digest.update(repr((T, GRID, PATCH, PIXEL_NOISE, AUDIO_NOISE, CLUTTER, FORMAT, VERSION, SPLITS)).encode())
-    for function in (compose, _pick, _compose_audio, _compose_video, write_digits):
-        digest.update(inspect.getsource(function).encode())
-    return digest.hexdigest()[:8]
-
-
-def composed_digits(runs_dir: str) -> str:
-    """The composed digits set in `runs_dir`, made there if need be; those of an earlier recipe are then removed."""
-    path = Path(runs_dir) / f"digits-{digits_key()}.h5"
+def embedded(name: str, runs_dir: str) -> str:
+    """The feature file of an embedded set in `runs_dir`, made there if need be; those of an earlier recipe then go."""
+    program = Path(EMBEDDED[name].__file__)
+    digest = hashlib.sha256(program.read_bytes() + program.with_suffix(".h5").read_bytes())
+    path = Path(runs_dir) / f"{name}-{digest.hexdigest()[:8]}.h5"
     if RANK > 0:
-        all_gather_object(None)  # the first process composes
+        all_gather_object(None)  # the first process makes it
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_digits(str(path))
+            write_embedded(name, path)
         except OSError as error:
             raise InputError(f"--runs-dir {runs_dir}: cannot be written ({first_line(error)})")
-        for old in set(path.parent.glob("digits-" + 8 * "[0-9a-f]" + ".h5")) - {path}:
+        for old in set(path.parent.glob(f"{name}-" + 8 * "[0-9a-f]" + ".h5")) - {path}:
             with suppress(OSError):  # of a system that minds if another program has it open
                 old.unlink()
     if RANK == 0:
@@ -542,10 +425,10 @@ def composed_digits(runs_dir: str) -> str:
 
 
 def data_files(paths: list, runs_dir: str) -> list:
-    """The files behind `paths`, of which 'digits' is composed once and kept in `runs_dir`."""
+    """The files behind `paths`; embedded sets are made once and kept in `runs_dir`."""
     if not paths:
-        raise InputError("no feature file given; give cmg-features files, or 'digits' for the embedded set")
-    return [composed_digits(runs_dir) if path == "digits" else path for path in paths]
+        raise InputError(f"no feature file given; give cmg-features files, or an embedded set, {' or '.join(EMBEDDED)}")
+    return [embedded(path, runs_dir) if path in EMBEDDED else path for path in paths]
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -581,15 +464,20 @@ def _check_range(source: FeatureFile, name: str, largest: int, besides: int = 0)
             raise InputError(f"{source.path}: dataset '{name}' holds {wrong[0]} in clip {clip}, not 0..{largest}")
 
 
-def compose_set(name: tyro.conf.Positional[Literal["digits"]], out: str, train: int = 2400, val: int = 400,
-                test: int = 800, seed: int = 0) -> None:
-    """Compose the embedded set NAME into the file OUT: so many clips for training, validation and test."""
-    if min(train, val, test) < 1 or seed < 0:
-        raise InputError("--train, --val and --test must be at least 1, --seed not negative")
+def compose(name: tyro.conf.Positional[Literal[tuple(EMBEDDED)]], out: str,
+            sizes: tuple[int, int, int] | None = None, seed: int | None = None) -> None:
+    """Write the embedded set NAME into the file OUT. Of digits, --sizes are the clips to train on, to validate and to
+    test, 2400 400 800 if not given, and another --seed makes other clips; the clips of watch are fixed."""
+    given = {"sizes": sizes, "seed": seed}
+    options = {option: value for option, value in given.items() if value is not None}
+    if name == "watch" and options:
+        raise InputError("--sizes and --seed are of digits, the clips of watch are fixed")
+    if min(sizes or (1,)) < 1 or (seed or 0) < 0:
+        raise InputError("--sizes must be at least 1, --seed not negative")
     if not Path(out).resolve().parent.is_dir():
         raise InputError(f"--out {out}: its folder does not exist")
     try:
-        write_digits(out, (train, val, test), seed)
+        write_embedded(name, Path(out).resolve(), **options)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({first_line(error)})")
     check(out)
@@ -597,4 +485,4 @@ def compose_set(name: tyro.conf.Positional[Literal["digits"]], out: str, train: 
 
 if __name__ == "__main__":
     sys.excepthook = explain_input_errors
-    tyro.extras.subcommand_cli_from_dict({"check": check, "compose": compose_set}, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict({"check": check, "compose": compose}, description=__doc__)

@@ -19,7 +19,7 @@ import h5py
 import pytest
 import torch
 
-import data
+from datasets import digits
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"uni_code": "", "micu": "--cujp-samples 2", "codaar": ""}  # and what makes a tiny run of each one quick
@@ -29,7 +29,7 @@ SCRIPTS = {"uni_code": "", "micu": "--cujp-samples 2", "codaar": ""}  # and what
 def small(tmp_path_factory) -> str:
     """160 / 60 / 80 digit clips."""
     path = tmp_path_factory.mktemp("features") / "small.h5"
-    data.write_digits(str(path), sizes=(160, 60, 80))
+    digits.write(str(path), sizes=(160, 60, 80))
     return str(path)
 
 
@@ -37,7 +37,7 @@ def small(tmp_path_factory) -> str:
 def tiny(tmp_path_factory) -> str:
     """32 / 24 / 24 digit clips, for runs of many short steps."""
     path = tmp_path_factory.mktemp("features") / "tiny.h5"
-    data.write_digits(str(path), sizes=(32, 24, 24))
+    digits.write(str(path), sizes=(32, 24, 24))
     return str(path)
 
 

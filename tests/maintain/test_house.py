@@ -13,7 +13,7 @@ SCRIPTS = [ROOT / f"{name}.py" for name in ("uni_code", "micu", "codaar")]
 OWN = {"Args", "Method", "METHOD", "QUANTIZER", "LIMITS"}  # names whose texts differ
 OWN_FIELDS = {"epochs", "codebook_size", "codebook_init", "reset_source", "mm_ema",
               "commitment_cost", "commitment_warmup"}  # of other defaults or choices
-FLOORS = {"run": set(), "pictures": set(), "data": {"run"}, "probes": {"run", "data", "pictures"},
+FLOORS = {"run": set(), "pictures": set(), "data": {"run", "datasets"}, "probes": {"run", "data", "pictures"},
           **dict.fromkeys(("micu", "uni_code", "codaar"), {"run", "data", "probes"})}
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("official/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("datasets/*.py")]
 
@@ -104,6 +104,8 @@ def test_imports_run_downward():
         assert "sys.path" not in path.read_text(), f"{path.name} changes where modules are found"
     for path in ROOT.glob("official/*.py"):
         assert not imported(path, False) & {"benchmarks"}
+    for path in ROOT.glob("datasets/*.py"):
+        assert not imported(path, False) & local, path.name
 
 
 def test_shared_machinery_names_no_method():
