@@ -47,9 +47,7 @@ class Method:
     lambda_self: Optional[float] = None
     csa: bool = True  # replace the rows of an index by their mean, one codebook after the other (Eq. 6, 7)
     cascade: tuple[str, ...] = ()  # order of CSA; none named: text, audio, video, others as in the data
-    # weight of the commitment, beta (paper: 0.25); none given: 2, with two modalities 1
-    commitment_cost: Optional[float] = None
-    commitment_warmup: float = 1.0  # share of the run in which beta rises from 0; 0: constant, as in the paper
+    commitment_cost: float = 0.25  # weight of the commitment, beta
     specific: Literal["vector", "map"] = "vector"  # what is decoded of a map: its cell mean, or the map (released)
     # what a probe reads at index k: the rows of all codebooks side by side, or the modality's own
     probe_code: Literal["row", "own"] = "row"
@@ -75,6 +73,7 @@ class Optimisation:
     learning_rate: float = 4e-4  # of Adam
     # how a map (H x W cells a segment) becomes a vector: sharpened attention, as in the paper, or a sum (released)
     spatial_pool: Literal["attention", "paper", "sum"] = "attention"
+    clip: Literal["all", "module"] = "all"  # gradients to a norm of 0.5: all together, or each network's (released)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; distances, EMA and losses are fp32
     compile: bool = False  # compile the encoders
 
@@ -93,8 +92,7 @@ class Args(Running, Data, Optimisation, Codebook, Method):
 
 LIMITS = {  # which Run checks; other numbers must not be negative
     "above_zero": ("epochs", "batch_size", "learning_rate", "codebook_size", "code_dim", "cpc_steps"),
-    "below_one": ("ema_decay",), "at_most_one": ("commitment_warmup", "lambda_self"),
-    "schedules": ("commitment_warmup",),  # a run cannot be resumed for more epochs
+    "below_one": ("ema_decay",), "at_most_one": ("lambda_self",),
 }
 
 
@@ -492,6 +490,13 @@ class CrossModalCPC(nn.Module):
         return loss
 
 
+def clip_gradients(networks: nn.ModuleDict, kind: str):
+    """Scale gradients down to a norm of 0.5, that of all networks together or (`module`) of each -> norm before, ()"""
+    if kind == "all":
+        return nn.utils.clip_grad_norm_(networks.parameters(), 0.5)
+    return torch.stack([nn.utils.clip_grad_norm_(network.parameters(), 0.5) for network in networks.values()]).norm()
+
+
 # -------------------------------------------------------------------------------------------------------- main program
 if __name__ == "__main__":
     run = Run(METHOD, parse(Args, __doc__), **LIMITS)
@@ -520,9 +525,6 @@ if __name__ == "__main__":
     networks["cpc"] = CrossModalCPC(list(shape), args.code_dim, args.cpc_steps)
     generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}  # the host cuts z at t
     more_state = {}  # other optimizers, of which there are none here
-    rising_steps = args.commitment_warmup * args.epochs * len(batches)
-    if args.commitment_cost is None:
-        args.commitment_cost = 1.0 if len(shape) == 2 else 2.0
     if args.lambda_self is None:
         args.lambda_self = 0.75 if len(shape) == 2 else 0.6
     # ==================================================================================================== end of CoDAAR
@@ -552,9 +554,8 @@ if __name__ == "__main__":
             specific = {m: networks["specific"][m](x) for m, x in target.items()}
             decoded = {m: networks["decoder"][m](own[m], specific[m]) for m in batch}
         recon = sum(F.mse_loss(decoded[m].float(), target[m]) for m in batch)  # Eq. 9
-        beta = args.commitment_cost * min(1, (step + 1) / max(1, rising_steps))
         codebooks = model.quantizer.by_modality()
-        commitment = row_commitment_loss(z, code_index, codebooks, beta)  # Eq. 8
+        commitment = row_commitment_loss(z, code_index, codebooks, args.commitment_cost)  # Eq. 8
 
         t = torch.randint(max(1, segments - args.cpc_steps), (), generator=generators["cpc"]).item()
         cpc = networks["cpc"](z, t) / 2 if args.cpc else torch.zeros_like(recon)  # Eq. 2, both directions averaged
@@ -571,7 +572,7 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         loss.backward()
         average_over_processes(p.grad for p in networks.parameters())
-        grad_norm = nn.utils.clip_grad_norm_(networks.parameters(), 0.5)  # as released, but over all parts at once
+        grad_norm = clip_gradients(networks, args.clip)
         optimizer.step()
         model.quantizer.update(z, code_index, ema_input, generators["codebook"])
         average_over_processes(model.quantizer.buffers())

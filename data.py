@@ -133,6 +133,9 @@ class FeatureFile:
             self._fail(name, "NaN or infinity", "finite values (python data.py check FILE says where)")
 
     def _read_split(self) -> np.ndarray:
+        """Of each clip; without the dataset all are trained on."""
+        if "split" not in self.h5:
+            return np.zeros(len(self._require("id", "OS", "str", ("N",))), np.uint8)
         data = self._require("split", "iu", "integers", ("N",))
         with self._explain("split"):
             split = data[:]

@@ -73,6 +73,7 @@ class Optimisation:
     learning_rate: float = 4e-4  # of Adam
     # how a map (H x W cells a segment) becomes a vector: sharpened attention, as in the paper, or a sum (released)
     spatial_pool: Literal["attention", "paper", "sum"] = "attention"
+    clip: Literal["all", "module"] = "all"  # gradients to a norm of 0.5: all together, or each network's (released)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; distances, EMA and losses are fp32
     compile: bool = False  # compile the encoders
 
@@ -437,6 +438,13 @@ def draw_puzzles(jigsaw: CUJP, vectors: int, num_modalities: int, samples: int, 
     return modality, torch.randint(p, (vectors, samples), generator=generator, device=generator.device)
 
 
+def clip_gradients(networks: nn.ModuleDict, kind: str):
+    """Scale gradients down to a norm of 0.5, that of all networks together or (`module`) of each -> norm before, ()"""
+    if kind == "all":
+        return nn.utils.clip_grad_norm_(networks.parameters(), 0.5)
+    return torch.stack([nn.utils.clip_grad_norm_(network.parameters(), 0.5) for network in networks.values()]).norm()
+
+
 # -------------------------------------------------------------------------------------------------------- main program
 if __name__ == "__main__":
     run = Run(METHOD, parse(Args, __doc__), **LIMITS)
@@ -515,7 +523,7 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         loss.backward()
         average_over_processes(p.grad for p in networks.parameters())
-        grad_norm = nn.utils.clip_grad_norm_(networks.parameters(), 0.5)  # as released, but over all parts at once
+        grad_norm = clip_gradients(networks, args.clip)
         optimizer.step()
         model.quantizer.update(z, code_index, ema_input, generators["codebook"])
         average_over_processes(model.quantizer.buffers())

@@ -42,4 +42,6 @@ def table(tags: dict, hidden: tuple = ()) -> str:
         for row, cells in rows.items():
             shown = [cells.get(column, "-").rjust(max(len(column), 6)) for column in columns]
             lines.append(f"  {row:17}" + "  ".join(shown))
+        if "hos_source" in columns and "hos" not in columns:
+            lines.append("  no pairs: the threshold is the source's; --pairs FILE finds the target's")
     return "\n".join(lines[1:])

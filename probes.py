@@ -5,9 +5,9 @@
     python probes.py RUN --tasks open_set --known 3 5 7 0,2,4 --score energy
     python probes.py RUN ucf.h5 --target vgg.h5 --class-map "playing cello=PlayingCello"    tested on another file
 
-The encoder is in eval mode, a probe that of its last epoch, the open-set threshold from held-out clips of the *source*
-modality: nothing is chosen with test labels (what the released scripts do: `python -m official.protocol RUN`). A model
-comes with `encode(model, features, modality) -> (quantized (N, T, D), code_index (N, T))`, one vector a code.
+The encoder is in eval mode, a probe that of its last epoch, the open-set threshold from held-out clips: nothing is
+chosen with test labels (what the released scripts do: `python -m official.protocol RUN`). A model comes with
+`encode(model, features, modality) -> (quantized (N, T, D), code_index (N, T))`, one vector a code.
 """
 import hashlib
 import importlib
@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import h5py
 import numpy as np
 import torch
 import torch.nn as nn
@@ -68,15 +69,25 @@ def open_set_metrics(confidence, prediction, target, num_known: int, threshold: 
             "unk": unk, "hos": 2 * os_star * unk / max(os_star + unk, 1e-12)}
 
 
-def oracle_hos(confidence, prediction, target, num_known: int) -> float:
-    """The best HOS over all thresholds, found on the test clips: what a perfect threshold would give this probe."""
-    ascending = confidence.argsort()
-    first = torch.searchsorted(confidence[ascending], confidence[ascending])  # ties are rejected or accepted together
-    known = target[ascending] < num_known
-    right = (known & (prediction == target)[ascending]).double()
+def hos_curve(confidence, prediction, target, num_known: int):
+    """HOS of `open_set_metrics` at every threshold that makes a difference; all (N,) -> the thresholds, which are the
+    confidences in ascending order (N,), and HOS at each (N,)"""
+    order = confidence.argsort()
+    ascending = confidence[order]
+    first = torch.searchsorted(ascending, ascending)  # ties are rejected or accepted together
+    known = target[order] < num_known
+    right = (known & (prediction == target)[order]).double()
     os_star = ((right.sum() - right.cumsum(0) + right) / known.sum().clamp(min=1))[first]  # i accepts i, i+1, ..
     unk = (((~known).cumsum(0) - (~known).long()) / (~known).sum().clamp(min=1))[first]
-    return (2 * os_star * unk / (os_star + unk).clamp(min=1e-12)).max().item()
+    return ascending, 2 * os_star * unk / (os_star + unk).clamp(min=1e-12)
+
+
+def paired_threshold(confidence, prediction, told, num_known: int) -> float:
+    """The target's open-set threshold from pairs without labels: at which its decisions agree best, by HOS, with what
+    the source says of its half of each pair, `told`: a class, or `num_known` where it rejects. All (N,), N > 0; where
+    the source rejects none or all of them, the lowest confidence."""
+    thresholds, hos = hos_curve(confidence, prediction, told, num_known)
+    return thresholds[hos.argmax()].item()
 
 
 def auroc(score_positive, score_negative) -> float:
@@ -397,15 +408,17 @@ class Plan:
     Probes train on the train split of `features` and are tested on the test split of `target`, or without one of
     `features` itself. `tasks`: of TASKS; without any, those of DEFAULT_TASKS that can be done. `known` and `class_map`
     are as on the command line. `every_clip` (`official.protocol`): no clips are held out, and with a target all clips
-    of either side are trained or tested on. Raises InputError if what was asked for cannot be done."""
+    of either side are trained or tested on. `pairs`: clips of whose modalities the open set learns the target's
+    threshold, those of the validation split if there are any; default: the source's. Raises InputError if what was
+    asked for cannot be done."""
 
     def __init__(self, features: Features, shape: dict, device, tasks: tuple = (), known: tuple = (),
                  score: str = "softmax", target: Features | None = None, class_map: tuple = (),
-                 every_clip: bool = False):
+                 every_clip: bool = False, pairs: Features | None = None):
         self.device, self.modalities, self.score = torch.device(device), list(shape), score
         self.every_clip, self.own_target = every_clip, target is not None
         self.source, self.target = features, target if self.own_target else features
-        for m, side in itertools.product(shape, (self.source, self.target)):
+        for m, side in itertools.product(shape, (self.source, self.target, pairs or features)):
             found = tuple(side.shape.get(m, shape[m]))
             self.require(found == tuple(shape[m]), f"{m} has shape {found}, the model wants {tuple(shape[m])}")
         held = [m for m in shape if m in self.source.modalities]
@@ -421,8 +434,13 @@ class Plan:
             index = np.arange(len(side)) if every_clip and self.own_target else side.clips(split)
             called = names if name == "test" else self.source.classes
             self.parts[name] = Clips(side, index, called, self.classes, self.device)
+        self.pairs = self.parts["val"]  # nobody looks at their labels
         if every_clip:
             del self.parts["val"]
+        if pairs:
+            held_out = pairs.clips("val")
+            index = held_out if len(held_out) else np.arange(len(pairs))
+            self.pairs = Clips(pairs, index, pairs.classes, self.classes, self.device)
         self.labelled = {name: part[part.label >= 0] for name, part in self.parts.items()}
         self.single = {}  # those with one event, which probes of whole clips see
         for name, part in self.labelled.items():
@@ -447,6 +465,9 @@ class Plan:
                     raise
                 if self.source.classes and RANK == 0:
                     print(f"will not be probed: {task} ({error})", flush=True)
+
+    def has_pairs(self, source: str, target: str) -> bool:
+        return len(self.pairs) > 0 and {source, target} <= set(self.pairs.features.modalities)
 
     def require(self, there, message: str) -> None:
         """Raise InputError naming the files unless `there`."""
@@ -501,6 +522,7 @@ class Plan:
         """Probe the model as it is now -> ({tag: value}, {m: (K,) code selections on the test clips})"""
         test = self.parts["test"]
         shown = test if len(test) else replace(test, index=np.arange(len(self.target)))
+        self.outcomes = {}
         with self.probing(model, encode, codebook_size):
             index = {m: self.codes(shown, m).index for m in self.tested_modalities}
             figures, selections = codebook_metrics(index, codebook_size)
@@ -544,30 +566,72 @@ def classification(plan: Plan) -> dict:
 
 
 def open_set(plan: Plan) -> dict:
-    """The same where some classes are unknown to the probe. It rejects a clip whose confidence is below that of nearly
-    all held-out known clips of the source, by each of the scores with a threshold of its own -> tags"""
+    """The same where some classes are unknown to the probe, which rejects clips of low confidence -> tags. The source's
+    threshold rejects few of its own held-out known clips (`hos_source`). The confidences of another modality lie
+    elsewhere, so its threshold is found on pairs (`hos`, see `paired_threshold`); without pairs there is no `hos`."""
     tags = {}
     for (entry, classes), (source, targets) in itertools.product(plan.known.items(), plan.directions.items()):
-        parts = plan.with_known(classes)
-        train, held_out = [parts[name][parts[name].label < len(classes)] for name in ("train", "val")]
-        seen, held_out = plan.codes(train, source), plan.codes(held_out, source)
-        probe = train_probe(ClipProbe, len(classes), seen, train.label)
-        held_out_scores = known_scores(probe.logits(held_out), held_out, seen)
+        parts, unknown = plan.with_known(classes), len(classes)
+        train, held_out = [parts[name][parts[name].label < unknown] for name in ("train", "val")]
+        seen = plan.codes(train, source)
+        judge = partial(judgement, train_probe(ClipProbe, unknown, seen, train.label), seen)
+        at_source = {name: score.quantile(REJECT) for name, score in judge(plan.codes(held_out, source))[0].items()}
         for target in targets:
-            codes = plan.codes(parts["test"], target)
-            logits = probe.logits(codes)
-            scores, label = known_scores(logits, codes, seen), parts["test"].label
-            asked, at_threshold, others = (logits.argmax(-1), label, len(classes)), {}, {}
-            for name, confidence in scores.items():
-                threshold = held_out_scores[name].quantile(REJECT).item()
-                at_threshold[name] = open_set_metrics(confidence, *asked, threshold)
-                others[f"hos_{name}"] = at_threshold[name]["hos"]
-                others[f"auroc_{name}"] = auroc(confidence[label < len(classes)], confidence[label == len(classes)])
-            confidence = scores[plan.score]
-            figures = {"hos_oracle": oracle_hos(confidence, *asked), "auroc": others[f"auroc_{plan.score}"],
-                       "acc_known": open_set_metrics(confidence, *asked, -math.inf)["os_star"]}
-            tags |= plan.tags(f"open_set_{entry}", source, target, at_threshold[plan.score] | figures | others)
+            scores, prediction = judge(plan.codes(parts["test"], target))
+            thresholds = {"hos_source": at_source}
+            if plan.has_pairs(source, target):
+                thresholds["hos"] = paired_thresholds(plan, judge, source, target, at_source, unknown)
+            outcome = Outcome(scores, prediction, parts["test"].label, classes, thresholds)
+            plan.outcomes[f"open_set_{entry}", source, target] = outcome
+            tags |= plan.tags(f"open_set_{entry}", source, target, open_set_figures(outcome, plan.score))
     return tags
+
+
+def judgement(probe: ProbeTraining, seen: Codes, codes: Codes):
+    """What a probe trained on the codes `seen` says of clips: {score: confidence (N,)}, class (N,)"""
+    logits = probe.logits(codes)
+    return known_scores(logits, codes, seen), logits.argmax(-1)
+
+
+def paired_thresholds(plan: Plan, judge, source: str, target: str, at_source: dict, unknown: int) -> dict:
+    """{score: threshold of the target} by what the source says of its half of each pair; no label is looked at."""
+    theirs, prediction = judge(plan.codes(plan.pairs, target))
+    ours, said = judge(plan.codes(plan.pairs, source))
+    found = {}
+    for name, confidence in theirs.items():
+        told = torch.where(ours[name] >= at_source[name], said, unknown)
+        found[name] = torch.tensor(paired_threshold(confidence, prediction, told, unknown))
+    return found
+
+
+@dataclass
+class Outcome:
+    """What one direction of the open set came to, of N test clips: `scores` {score: confidence (N,)}, `prediction` and
+    `label` (N,), `thresholds` {"hos_source" and, with pairs, then "hos": {score: threshold ()}}."""
+    scores: dict
+    prediction: torch.Tensor
+    label: torch.Tensor
+    classes: list
+    thresholds: dict
+
+    @property
+    def known(self):
+        return self.label < len(self.classes)
+
+
+def open_set_figures(outcome: Outcome, score: str) -> dict:
+    """Figures of one direction by `score`, at the best threshold there is; then of every score: `auroc_energy`, ..."""
+    asked, known, figures = (outcome.prediction, outcome.label, len(outcome.classes)), outcome.known, {}
+    for name, confidence in outcome.scores.items():
+        figures[f"auroc_{name}"] = auroc(confidence[known], confidence[~known])
+        for rule, thresholds in outcome.thresholds.items():
+            figures[f"{rule}_{name}"] = open_set_metrics(confidence, *asked, thresholds[name].item())["hos"]
+    shown = {name: figures[f"{name}_{score}"] for name in ("auroc", *reversed(outcome.thresholds))}
+    confidence, thresholds = outcome.scores[score], list(outcome.thresholds.values())[-1]
+    at_best = open_set_metrics(confidence, *asked, thresholds[score].item())
+    del at_best["hos"]
+    shown["hos_oracle"] = hos_curve(confidence, *asked)[1].max().item()
+    return shown | at_best | {"acc_known": open_set_metrics(confidence, *asked, -math.inf)["os_star"]} | figures
 
 
 def annotated(plan: Plan, name: str, modality: str):
@@ -840,9 +904,10 @@ TASKS = tuple(PROBES)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
-def load(path: Path):
-    """A run folder or its checkpoint.pt -> module of the method, its Args, {m: shape}, the model, the epochs it was
-    trained for. Raises InputError."""
+def load(path):
+    """A run folder or its checkpoint.pt -> module of the method, its Args, {m: shape}, the model in eval mode, and for
+    how many epochs it was trained. Raises InputError."""
+    path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -853,7 +918,7 @@ def load(path: Path):
         model = method.Model(state["shape"], args)
         weights = [(name, value) for name, value in state["networks"].items() if name.startswith("model.")]
         model.load_state_dict({name.removeprefix("model."): value for name, value in weights})
-        return method, args, state["shape"], model, state["epoch"]
+        return method, args, state["shape"], model.eval(), state["epoch"]
     except Exception as error:  # whatever is wrong with the file, the user needs one line
         raise InputError(f"{path}: not a checkpoint of these scripts ({first_line(error)})")
 
@@ -865,10 +930,29 @@ def open_run(paths: tuple, target: tuple, out: str | None, load=load):
         raise InputError("give a run folder")
     if out and not Path(out).resolve().parent.is_dir():
         raise InputError(f"--out {out}: the folder does not exist")
-    loaded = load(Path(paths[0]))
+    loaded = load(paths[0])
     args = loaded[1]
     source = Features(paths[1:] or args.data, args.runs_dir)
     return loaded, source, Features(target, args.runs_dir) if target else None
+
+
+def write_codes(out: str, model, encode, features: Features, shape: dict, codebook_size: int, device) -> None:
+    """Write an HDF5 file: `code_index/<modality>` (N, T) of every clip, `id` (N,), and the model's `codebook`."""
+    index = {}
+    for m in shape:
+        if m in features.modalities:
+            found = features.shape[m]
+            if found != tuple(shape[m]):
+                raise InputError(f"{features.files[0].path}: {m} has shape {found}, the model wants {shape[m]}")
+            index[m] = read_codes(model, encode, features, m, np.arange(len(features)), codebook_size, device).index
+    if not index:
+        raise InputError(f"{features.files[0].path}: none of the model's modalities, {' '.join(shape)}")
+    with h5py.File(out, "w") as h5:
+        for m, numbers in index.items():
+            h5[f"code_index/{m}"] = numbers.cpu().numpy()
+        h5["id"] = np.concatenate([file.h5["id"][:] for file in features.files])
+        h5["codebook"] = model.quantizer.codebook.cpu().numpy()
+    print(f"{out}: the codes of {len(features)} clips in {' '.join(index)}")
 
 
 def report(tags: dict, out: str | None) -> None:
@@ -880,7 +964,8 @@ def report(tags: dict, out: str | None) -> None:
 
 def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[TASKS], ...] = (),
          known: tuple[str, ...] = (), score: Literal[SCORES] = "softmax", target: tuple[str, ...] = (),
-         class_map: tuple[str, ...] = (), out: str | None = None, device: str = "auto") -> None:
+         class_map: tuple[str, ...] = (), pairs: tuple[str, ...] = (), codes: str | None = None,
+         out: str | None = None, device: str = "auto") -> None:
     """Probe the model of RUN (a run folder or its checkpoint.pt) on FILE ... (default: the data it was trained on).
 
     Args:
@@ -890,10 +975,17 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[T
         score: by which unknown clips are told from known ones in what is printed.
         target: files to test on, of clips, modalities and classes of their own; default: the test split of FILE ...
         class_map: names of the target's classes that differ, each as "target's name=source's name".
+        pairs: files of clips without labels, from whose pairs of modalities the open set learns the target's threshold;
+            default: the validation split of FILE ...
+        codes: write the codes of all clips of FILE ... to this HDF5 file, and probe nothing.
         out: a JSON file for all figures, those of the other scores as well.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`."""
-    (method, args, shape, model, _), source, target = open_run(paths, target, out)
-    plan = Plan(source, shape, pick_device(device), tasks, known, score, target, class_map)
+    (method, args, shape, model, _), source, target = open_run(paths, target, out or codes)
+    if codes:
+        device = pick_device(device)
+        return write_codes(codes, model.to(device), method.encode, source, shape, args.codebook_size, device)
+    pairs = Features(pairs, args.runs_dir) if pairs else None
+    plan = Plan(source, shape, pick_device(device), tasks, known, score, target, class_map, pairs=pairs)
     tags, _ = plan.evaluate(model.to(plan.device), method.encode, args.codebook_size)
     report(tags, out)
 

@@ -209,7 +209,7 @@ def check_numbers(args, above_zero: tuple, below_one: tuple = (), at_most_one: t
             raise InputError(f"--{name.replace('_', '-')} {value}: {wrong}")
 
 
-def resumed(method: str, args, schedules: tuple):
+def resumed(method: str, args):
     """(settings, checkpoint) of the run `args.resume`: its own settings, the command line over them. Raises InputError
     if the folder holds no such run, if it is complete, or if a setting differs that may not."""
     path, Args = Path(args.resume) / "checkpoint.pt", type(args)
@@ -230,9 +230,6 @@ def resumed(method: str, args, schedules: tuple):
         if name not in FREE and value != before or name == "epochs" and value < before:
             raise InputError(f"{flag}: the run was started with {before}; a resumed run keeps its settings or "
                              "has more epochs")
-        if name in schedules and value and longer:
-            raise InputError(f"--epochs {given.epochs}: {flag} spreads over the {saved.epochs} epochs that the run was "
-                             "started with")
     if path.with_name("results.json").exists() and not longer:
         raise InputError(f"--resume {args.resume}: this run is complete, see its results.json; more --epochs train on")
     return given, state
@@ -240,17 +237,15 @@ def resumed(method: str, args, schedules: tuple):
 
 # ----------------------------------------------------------------------------------------------------------------- run
 class Run:
-    """One run of a script: its folder, settings, device, seeds, signals, log, checkpoints and results.
+    """One run of a script: its folder, settings, device, seeds, signals, log, checkpoints and results. The keywords are
+    those of `check_numbers`."""
 
-    `schedules` names arguments that, unless 0, spread something over the steps of the whole run: it cannot be resumed
-    for more epochs then. The other keywords are those of `check_numbers`."""
-
-    def __init__(self, method: str, args, schedules: tuple = (), **limits):
+    def __init__(self, method: str, args, **limits):
         sys.excepthook = explain_input_errors
         self.method, self.saved, self.signals, self.exit_code = method, None, [], 0
         self.started_at = time.perf_counter()
         if args.resume is not None:
-            args, self.saved = resumed(method, args, schedules)
+            args, self.saved = resumed(method, args)
         check_numbers(args, **limits)
         self.args, self.device = args, pick_device(args.device)
         if WORLD_SIZE > 1:

@@ -50,7 +50,6 @@ class Method:
     mm_ema: Literal["attention", "time-aligned", "none"] = "attention"
     teacher: bool = True  # commit to the other modalities' codes as well, at half the weight (Eq. 8)
     commitment_cost: float = 0.25  # weight of the commitment, beta
-    commitment_warmup: float = 0.0  # share of the run in which beta rises from 0; 0: constant, as in the paper
     specific: Literal["vector", "map"] = "vector"  # what is decoded of a map: its cell mean, or the map (released)
 
 
@@ -74,6 +73,7 @@ class Optimisation:
     learning_rate: float = 4e-4  # of Adam
     # how a map (H x W cells a segment) becomes a vector: sharpened attention, as in the paper, or a sum (released)
     spatial_pool: Literal["attention", "paper", "sum"] = "attention"
+    clip: Literal["all", "module"] = "all"  # gradients to a norm of 0.5: all together, or each network's (released)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; distances, EMA and losses are fp32
     compile: bool = False  # compile the encoders
 
@@ -93,8 +93,7 @@ class Args(Running, Data, Optimisation, Codebook, Method):
 LIMITS = {  # which Run checks; other numbers must not be negative
     "above_zero": ("epochs", "batch_size", "learning_rate", "codebook_size", "code_dim", "club_steps",
                    "club_learning_rate", "cpc_steps"),
-    "below_one": ("ema_decay",), "at_most_one": ("commitment_warmup",),
-    "schedules": ("commitment_warmup",),  # a run cannot be resumed for more epochs
+    "below_one": ("ema_decay",),
 }
 
 
@@ -508,6 +507,13 @@ def mm_ema_input(z: dict, mm_ema: str) -> dict:
     return time_aligned(z) if mm_ema == "time-aligned" else z
 
 
+def clip_gradients(networks: nn.ModuleDict, kind: str):
+    """Scale gradients down to a norm of 0.5, that of all networks together or (`module`) of each -> norm before, ()"""
+    if kind == "all":
+        return nn.utils.clip_grad_norm_(networks.parameters(), 0.5)
+    return torch.stack([nn.utils.clip_grad_norm_(network.parameters(), 0.5) for network in networks.values()]).norm()
+
+
 # -------------------------------------------------------------------------------------------------------- main program
 if __name__ == "__main__":
     run = Run(METHOD, parse(Args, __doc__), **LIMITS)
@@ -538,7 +544,6 @@ if __name__ == "__main__":
     club_optimizer = torch.optim.Adam(club.parameters(), lr=args.club_learning_rate, fused=True)
     generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}  # the host cuts z at t
     more_state = {"club": club, "club_optimizer": club_optimizer}
-    rising_steps = args.commitment_warmup * args.epochs * len(batches)
     # ================================================================================================== end of Uni-Code
     networks.to(device)
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.learning_rate, fused=True)
@@ -566,9 +571,8 @@ if __name__ == "__main__":
             specific = {m: networks["specific"][m](x) for m, x in target.items()}
             decoded = {m: networks["decoder"][m](own[m], specific[m]) for m in batch}
         recon = sum(F.mse_loss(decoded[m].float(), target[m]) for m in batch)
-        beta = args.commitment_cost * min(1, (step + 1) / max(1, rising_steps))
         codebook = model.quantizer.codebook
-        commitment = teacher_commitment_loss(z, code_index, codebook, beta, args.teacher)  # Eq. 8
+        commitment = teacher_commitment_loss(z, code_index, codebook, args.commitment_cost, args.teacher)  # Eq. 8
 
         t = torch.randint(max(1, segments - args.cpc_steps), (), generator=generators["cpc"]).item()
         cpc = networks["cpc"](z, t) if args.cpc else torch.zeros_like(recon)  # Eq. 6
@@ -590,7 +594,7 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         loss.backward()
         average_over_processes(p.grad for p in networks.parameters())
-        grad_norm = nn.utils.clip_grad_norm_(networks.parameters(), 0.5)  # as released, but over all parts at once
+        grad_norm = clip_gradients(networks, args.clip)
         optimizer.step()
         model.quantizer.update(z, code_index, ema_input, generators["codebook"])
         average_over_processes(model.quantizer.buffers())

@@ -69,7 +69,6 @@ ROWS = {  # method: {row: (flags, seeds)}
         **{name: (flags, 1 if flags else 3) for name, flags in UNI_CODE.items()},
         "bf16": ("--precision bf16", 3),
         **{f"AV, {name}": (f"--modalities audio video {flags}", 1 if flags else 3) for name, flags in UNI_CODE.items()},
-        "rising commitment": ("--commitment-cost 5 --commitment-warmup 1", 3),
         "map decoded": ("--specific map", 3),
         "paper's CLUB weight": ("--lambda-club 1", 1),
         "commitment summed over D": ("--commitment-cost 64", 1),
@@ -78,7 +77,6 @@ ROWS = {  # method: {row: (flags, seeds)}
                             "--reset-rule unused --reset-source live --reset-after 300 --codebook-init uniform", 1),
         "AT": ("--modalities audio text", 1),
         "VT": ("--modalities video text", 1),
-        "AV, rising commitment": ("--modalities audio video --commitment-cost 1 --commitment-warmup 1", 3),
     },
     "codaar": {
         **{name: (flags, 3 if name in ("full method", "no CSA") else 1) for name, flags in CODAAR.items()},
@@ -91,7 +89,6 @@ ROWS = {  # method: {row: (flags, seeds)}
         "AV, cascade video audio": ("--modalities audio video --cascade video audio", 1),
         **{f"cascade {order}": (f"--cascade {order}", 1) for order in (  # Table 7
             "text video audio", "audio text video", "audio video text", "video text audio", "video audio text")},
-        "constant commitment": ("--commitment-cost 0.25 --commitment-warmup 0", 3),
         "map decoded": ("--specific map", 3),
     },
 }

@@ -112,7 +112,6 @@ def audio(**values):
     ({"split": np.full(N, 3, "u1")}, "split", "3", "0 train, 1 val, 2 test"),
     ({"events__audio": np.zeros((N, T, 3), "u1")}, "events/audio", f"({N}, {T}, 3)", f"({N}, {T}, 4)"),
     ({"events__audio": np.zeros((N, T), "u1")}, "events/audio", f"({N}, {T})", f"({N}, {T}, 4)"),
-    ({"split": None}, "split", "missing", ""),
     ({"id": None}, "id", "missing", ""),
     ({"audio": None, "video": None, "touch": None}, "", "no modality", "'audio'"),
 ])

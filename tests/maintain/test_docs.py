@@ -83,7 +83,7 @@ def test_the_help_explains_every_flag_in_groups_and_shows_its_default(script):
         text = re.sub(r"\{.*?\}|\[.*\]|[A-Z]{3,}|\|", "", text).strip()
         assert len(text) > 5, f"{name} has no help"
     unset = {name for name, _, default in options if default == "None"}
-    assert unset <= {"--resume", "--max-steps", "--commitment-cost", "--lambda-self"}
+    assert unset <= {"--resume", "--max-steps", "--lambda-self"}
 
 
 def commands(text: str, program: str) -> list:

@@ -11,8 +11,7 @@ from conftest import ROOT
 pytestmark = pytest.mark.maintain
 SCRIPTS = [ROOT / f"{name}.py" for name in ("uni_code", "micu", "codaar")]
 OWN = {"Args", "Method", "METHOD", "QUANTIZER", "LIMITS"}  # names whose texts differ
-OWN_FIELDS = {"epochs", "codebook_size", "codebook_init", "reset_source", "mm_ema",
-              "commitment_cost", "commitment_warmup"}  # of other defaults or choices
+OWN_FIELDS = {"epochs", "codebook_size", "codebook_init", "reset_source", "mm_ema"}  # of other defaults or choices
 FLOORS = {"run": set(), "pictures": set(), "data": {"run", "datasets"}, "probes": {"run", "data", "pictures"},
           **dict.fromkeys(("micu", "uni_code", "codaar"), {"run", "data", "probes"})}
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("official/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("datasets/*.py")]

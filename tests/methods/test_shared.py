@@ -1006,3 +1006,25 @@ def test_cmcm_and_cpc_reject_wrong_shapes_by_name(script, function, at, shape):
 def test_cpc_loss_rejects_arguments_of_another_rank(script, shape):
     with pytest.raises(ValueError, match=r"\b(z_target|prediction)\b"):
         script.cpc_loss(torch.ones(shape), torch.ones(shape))
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+@scripts(micu, uni_code, codaar)
+@pytest.mark.parametrize("kind", ["all", "module"])
+def test_gradients_are_clipped_together_or_each_network_alone(script, kind):
+    """Of three networks the first has gradients of norm 3, the second of 0.4, the third of 4."""
+    networks = torch.nn.ModuleDict({name: torch.nn.Linear(3, 2).double() for name in "abc"})
+    wanted, before = {"a": 3.0, "b": 0.4, "c": 4.0}, {}
+    for name, network in networks.items():
+        drawn = [torch.randn(p.shape, dtype=torch.double) for p in network.parameters()]
+        norm = sum(g.square().sum() for g in drawn).sqrt()
+        for p, g in zip(network.parameters(), drawn):
+            p.grad = g * wanted[name] / norm
+        before[name] = [p.grad.clone() for p in network.parameters()]
+    norm = script.clip_gradients(networks, kind)
+    whole = math.sqrt(3**2 + 0.4**2 + 4**2)
+    assert norm.item() == pytest.approx(whole)
+    share = {name: 0.5 / whole if kind == "all" else min(1, 0.5 / wanted[name]) for name in "abc"}
+    for name, network in networks.items():
+        for p, g in zip(network.parameters(), before[name]):
+            torch.testing.assert_close(p.grad, g * share[name], rtol=1e-5, atol=0)

@@ -23,7 +23,7 @@ def test_floor_of_localisation():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("levels", [3, 1000])  # many ties, few
-def test_the_oracle_equals_the_loop(seed, levels):
+def test_hos_of_every_threshold_equals_the_loop(seed, levels):
     """Every confidence is a threshold."""
     rng = torch.Generator().manual_seed(seed)
     confidence = torch.randint(levels, (60,), generator=rng) / levels
@@ -35,8 +35,11 @@ def test_the_oracle_equals_the_loop(seed, levels):
         os_star, unk = right / (target < 4).sum().item(), out / (target >= 4).sum().item()
         return float(2 * os_star * unk / (os_star + unk)) if os_star + unk else 0.0
 
-    best = max(hos(threshold) for threshold in confidence.tolist())
-    assert probes.oracle_hos(confidence, prediction, target, 4) == pytest.approx(best)
+    thresholds, curve = probes.hos_curve(confidence, prediction, target, 4)
+    assert thresholds.tolist() == sorted(confidence.tolist())
+    assert curve.tolist() == pytest.approx([hos(threshold) for threshold in thresholds])
+    best = probes.paired_threshold(confidence, prediction, target, 4)
+    assert hos(best) == pytest.approx(max(map(hos, confidence.tolist()))) and best in confidence.double()
 
 
 def test_metrics_equal_scikit_learn():
@@ -239,32 +242,6 @@ def test_frames_that_nobody_annotated_teach_and_count_nothing(tmp_path, monkeypa
     tags = [ask(path, "segmentation") for path in paths]
     for name in ("miou", "f_score", "several_miou"):
         assert tags[0][f"segmentation/a2t/{name}"] == tags[1][f"segmentation/a2t/{name}"] > 0.8
-
-
-def test_the_threshold_rejects_the_least_sure(toy, monkeypatch):
-    used, original = {}, probes.open_set_metrics
-    for share in (0.0, 1.0):
-        monkeypatch.setattr(probes, "REJECT", share)
-        monkeypatch.setattr(probes, "open_set_metrics", lambda *args: used.setdefault(share, []).append(args[4])
-                            or original(*args))
-        ask(toy, "open_set", known=("2",))
-    pairs = list(zip(used[0.0], used[1.0]))
-    assert len(pairs) == 30 and all(a <= b for a, b in pairs) and sum(a < b for a, b in pairs) > 10
-
-
-def test_each_score_has_its_own_threshold(toy, monkeypatch):
-    used, original = [], probes.open_set_metrics
-    monkeypatch.setattr(probes, "open_set_metrics", lambda *args: used.append((args[0], args[4])) or original(*args))
-    figures = {score: ask(toy, "open_set", known=(2,), score=score) for score in probes.SCORES}
-    for score, tags in figures.items():
-        for way, name in itertools.product(("a2t", "t2a"), ("hos", "auroc")):
-            shown = tags[f"open_set_2/{way}/{name}"]
-            assert all(f[f"open_set_2/{way}/{name}_{score}"] == shown for f in figures.values())
-    for i, score in enumerate(probes.SCORES):  # four calls for a target, then one that rejects none
-        thresholds = [threshold for _, threshold in used[i::5]]
-        low, high = {"softmax": (0, 1), "logit": (-99, 99), "energy": (-99, 99), "distance": (-99, 0)}[score]
-        assert all(low <= threshold <= high for threshold in thresholds)
-    assert len({round(threshold, 4) for _, threshold in used[:4]}) == 4 and used[4][1] == -math.inf
 
 
 def test_groups_of_two_files_are_not_one(tmp_path):
