@@ -525,6 +525,9 @@ if __name__ == "__main__":
     networks["cpc"] = CrossModalCPC(list(shape), args.code_dim, args.cpc_steps)
     generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}  # the host cuts z at t
     more_state = {}  # other optimizers, of which there are none here
+    pairs = len(shape) * (len(shape) - 1)  # of modalities, ordered
+    guess = math.log(args.batch_size)
+    chance = {"cpc": pairs / 2 * guess, "dqa": pairs / 2 * guess}  # what a loss is by guessing
     if args.lambda_self is None:
         args.lambda_self = 0.75 if len(shape) == 2 else 0.6
     # ==================================================================================================== end of CoDAAR
@@ -586,7 +589,9 @@ if __name__ == "__main__":
 
     # ---- evaluation
     if RANK == 0:
-        tags, selections = evaluate()
-        probes.show_codebook(run.writer, model.quantizer.codebook, selections, step)
-        run.finish(step, tags)
-        print(f"{probes.table(tags, probes.SCORES)}\nrun folder: {run.folder}")
+        tags = evaluate()
+        warnings = plan.not_learned(run.logged, chance, tags)
+        run.finish(step, tags, warnings)
+        print("\n".join([probes.table(tags, probes.SCORES), *warnings, f"run folder: {run.folder}"]))
+        probes.show_codebook(run.writer, model.quantizer.codebook, plan.selections, step)
+        run.writer.close()

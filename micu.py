@@ -466,6 +466,8 @@ if __name__ == "__main__":
             network.compile(dynamic=False)
     # ============================================================================================================= MICU
     networks["decoder"] = nn.ModuleDict({m: decoder(args.code_dim, s[-1]) for m, s in shape.items()})
+    if segments == 1 and args.lambda_fine:
+        raise InputError("clips of one segment: the fine loss has none to tell apart; give --lambda-fine 0")
     if args.code_dim % args.cujp_splits:
         raise InputError(f"--cujp-splits {args.cujp_splits}: must divide --code-dim {args.code_dim}")
     side_by_side = 1 if args.jigsaw == "cujp" else len(shape)  # modalities in one puzzle
@@ -474,6 +476,9 @@ if __name__ == "__main__":
     networks["jigsaw"] = CUJP(side_by_side * args.code_dim, splits, permutations, args.seed)
     generators = {name: run.generator(name) for name in ("codebook", "mask", "jigsaw")}
     more_state = {}  # other optimizers, of which there are none here
+    pairs = len(shape) ** 2
+    chance = {"fcmi_fine": pairs * math.log(segments), "fcmi_coarse": pairs * math.log(args.batch_size),
+              "cujp": math.log(permutations)}  # what a loss is by guessing
     # ====================================================================================================== end of MICU
     networks.to(device)
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.learning_rate, fused=True)
@@ -537,7 +542,9 @@ if __name__ == "__main__":
 
     # ---- evaluation
     if RANK == 0:
-        tags, selections = evaluate()
-        probes.show_codebook(run.writer, model.quantizer.codebook, selections, step)
-        run.finish(step, tags)
-        print(f"{probes.table(tags, probes.SCORES)}\nrun folder: {run.folder}")
+        tags = evaluate()
+        warnings = plan.not_learned(run.logged, chance, tags)
+        run.finish(step, tags, warnings)
+        print("\n".join([probes.table(tags, probes.SCORES), *warnings, f"run folder: {run.folder}"]))
+        probes.show_codebook(run.writer, model.quantizer.codebook, plan.selections, step)
+        run.writer.close()

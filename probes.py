@@ -39,6 +39,8 @@ BY_CLASS = {"classification", "open_set", "localization"}  # tasks for which sou
 SCORES = ("softmax", "logit", "energy", "distance")  # by which unknown clips may be told from known ones
 EPOCHS, LEARNING_RATE, BATCH_SIZE = 5, 4e-4, 80  # of the probes; by then the held-out source loss has levelled
 REJECT = 0.05  # share of held-out known source clips that the open-set threshold rejects
+NOT_LEARNED = 0.8  # a loss that stays above this part of what guessing gives has not learned
+COLLAPSE = 5  # perplexity below which hardly a code is in use
 RANKS = (1, 5, 10)  # of retrieval
 TEMPERATURE = 0.1  # of the map that x_retrieval learns
 MASK_EPOCHS, MASK_LEARNING_RATE, MASK_FRAMES = 10, 3e-3, 3  # of the segmentation decoder; frames of a clip a step
@@ -519,17 +521,39 @@ class Plan:
         return kept[part.index]
 
     def evaluate(self, model, encode, codebook_size: int):
-        """Probe the model as it is now -> ({tag: value}, {m: (K,) code selections on the test clips})"""
+        """Probe the model as it is now -> {tag: value}; sets `selections` {m: (K,)} of codes on the test clips, and
+        `outcomes` of the open set."""
         test = self.parts["test"]
         shown = test if len(test) else replace(test, index=np.arange(len(self.target)))
         self.outcomes = {}
         with self.probing(model, encode, codebook_size):
             index = {m: self.codes(shown, m).index for m in self.tested_modalities}
-            figures, selections = codebook_metrics(index, codebook_size)
+            figures, self.selections = codebook_metrics(index, codebook_size)
             tags = {f"eval/codebook/{name}": value for name, value in figures.items()}
             for probe in self.tasks.values():
                 tags |= probe(self)
-        return tags, selections
+        return tags
+
+    def not_learned(self, logged: dict, chance: dict, tags: dict) -> list:
+        """What a run did not learn, a line each: losses of its last line of log {tag: value} that are still near what
+        guessing gives (`chance` {loss: value}), codebooks in collapse, modalities whose own probe tells no classes."""
+        lines = []
+        for name, guess in chance.items():
+            value = logged[f"losses/{name}"]
+            if value > NOT_LEARNED * guess:
+                lines.append(f"loss {name} is {value:.2f}, by guessing {guess:.2f}: train with more --epochs")
+        for m in self.tested_modalities:
+            perplexity = tags[f"eval/codebook/perplexity_{m}"]
+            if perplexity < COLLAPSE:
+                lines.append(f"the codes of {m} collapsed (perplexity {perplexity:.1f}): see --codebook-init, "
+                             "--reset-after, and that no loss is switched off which keeps clips apart")
+        right = {tag.split("/")[2].split("2")[0]: value for tag, value in tags.items() if tag.endswith("/acc_same")}
+        guess = 1 / max(1, len(self.classes))
+        for m, value in right.items():
+            if value < min(2 * guess, 0.9 * guess + 0.1):
+                lines.append(f"a probe of modality {m} is right in {value:.0%} of its own clips, by guessing in "
+                             f"{guess:.0%}: train with more --epochs, and look at its features")
+        return [f"warning: {line}" for line in lines]
 
 
 # ---------------------------------------------------------------------------------------------- tasks: clips and events
@@ -929,7 +953,7 @@ def open_run(paths: tuple, target: tuple, out: str | None, load=load):
     if not paths:
         raise InputError("give a run folder")
     if out and not Path(out).resolve().parent.is_dir():
-        raise InputError(f"--out {out}: the folder does not exist")
+        raise InputError(f"{out}: the folder does not exist")
     loaded = load(paths[0])
     args = loaded[1]
     source = Features(paths[1:] or args.data, args.runs_dir)
@@ -986,7 +1010,7 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[T
         return write_codes(codes, model.to(device), method.encode, source, shape, args.codebook_size, device)
     pairs = Features(pairs, args.runs_dir) if pairs else None
     plan = Plan(source, shape, pick_device(device), tasks, known, score, target, class_map, pairs=pairs)
-    tags, _ = plan.evaluate(model.to(plan.device), method.encode, args.codebook_size)
+    tags = plan.evaluate(model.to(plan.device), method.encode, args.codebook_size)
     report(tags, out)
 
 

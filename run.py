@@ -312,6 +312,7 @@ class Run:
         self.log_file = folder / "metrics.jsonl"
         lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
         kept = [f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        *_, self.logged = {}, *(json.loads(line) for line in kept if "losses/total" in line)
         write_atomically(self.log_file, lambda temporary: temporary.write_text("".join(kept)))
         self.writer = SummaryWriter(str(folder), purge_step=self.step + 1 if self.saved else None)
         return folder
@@ -326,7 +327,7 @@ class Run:
         self.signals.append(number)
 
     def progress(self, batches, evaluate):
-        """The batches of the steps that are left; `evaluate()` -> (tags, ...) is for --eval-every."""
+        """The batches of the steps that are left; `evaluate()` -> tags is for --eval-every."""
         self.epoch_steps, self.num_steps = len(batches), self.args.epochs * len(batches)
         self.logged_seconds, self.logged_step = self.seconds["train"], self.step
         self.evaluate = evaluate
@@ -357,6 +358,7 @@ class Run:
         average_over_processes([mean])
         tags = dict(zip(tags, mean.tolist()))
         self._require_finite(tags)
+        self.logged = tags
         self._count_time("train")
         rate = self.args.batch_size * (step - self.logged_step) / (self.seconds["train"] - self.logged_seconds)
         tags |= {"charts/epoch": step / self.epoch_steps, "charts/clips_per_second": rate}
@@ -405,7 +407,7 @@ class Run:
         if RANK == 0 and every and step % every == 0 and 0 < step < self.num_steps:
             if f'{{"step": {step}, "eval/' not in self.log_file.read_text():
                 self._count_time("train")
-                self._write(step, self.evaluate()[0])
+                self._write(step, self.evaluate())
                 self._count_time("probe")
 
     def _state(self) -> dict:
@@ -417,13 +419,12 @@ class Run:
                 "epoch": self.step // self.epoch_steps, "rng": rng, "seconds": self.seconds, **self.provenance,
                 **{name: owner.state_dict() for name, owner in self.stateful.items()}}
 
-    def finish(self, step: int, tags: dict) -> None:
-        """Log the tags of the final probes and write results.json."""
+    def finish(self, step: int, tags: dict, warnings: list) -> None:
+        """Log the tags of the final probes and write results.json, with lines about what was not learned."""
         self._write(step, tags)
-        self.writer.close()
         self._count_time("probe")
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         write_json(self.folder / "results.json", {
             "method": self.method, "data": self.data_name, **self.provenance, "seed": self.args.seed,
             "args": asdict(self.args), "torch": torch.__version__, "device": name, "seconds": self.seconds,
-            "steps": step, "peak_memory_mb": peak_memory_mb(self.device), "metrics": tags})
+            "steps": step, "peak_memory_mb": peak_memory_mb(self.device), "warnings": warnings, "metrics": tags})

@@ -544,6 +544,9 @@ if __name__ == "__main__":
     club_optimizer = torch.optim.Adam(club.parameters(), lr=args.club_learning_rate, fused=True)
     generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}  # the host cuts z at t
     more_state = {"club": club, "club_optimizer": club_optimizer}
+    pairs = len(shape) * (len(shape) - 1)  # of modalities, ordered
+    guess = math.log(args.batch_size)
+    chance = {"cpc": pairs * guess, "cmcm": pairs / 2 * guess}  # what a loss is by guessing
     # ================================================================================================== end of Uni-Code
     networks.to(device)
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.learning_rate, fused=True)
@@ -608,7 +611,9 @@ if __name__ == "__main__":
 
     # ---- evaluation
     if RANK == 0:
-        tags, selections = evaluate()
-        probes.show_codebook(run.writer, model.quantizer.codebook, selections, step)
-        run.finish(step, tags)
-        print(f"{probes.table(tags, probes.SCORES)}\nrun folder: {run.folder}")
+        tags = evaluate()
+        warnings = plan.not_learned(run.logged, chance, tags)
+        run.finish(step, tags, warnings)
+        print("\n".join([probes.table(tags, probes.SCORES), *warnings, f"run folder: {run.folder}"]))
+        probes.show_codebook(run.writer, model.quantizer.codebook, plan.selections, step)
+        run.writer.close()

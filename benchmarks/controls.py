@@ -39,10 +39,10 @@ def main(run: tyro.conf.Positional[str], seeds: int = 3) -> None:
             z = {m: model.semantic[m](x) for m, x in batch.items()}
             model.quantizer.codebook.copy_(model.quantizer.new_codes(z, source, torch.Generator().manual_seed(seed)))
         name = "untrained" if source == "batch" else "paired start"
-        rows[f"{name}, seed {seed}"] = plan.evaluate(model, micu.encode, args.codebook_size)[0]
+        rows[f"{name}, seed {seed}"] = plan.evaluate(model, micu.encode, args.codebook_size)
     model.load_state_dict({name.removeprefix("model."): value for name, value in state["networks"].items()
                            if name.startswith("model.")})
-    rows["shuffled"] = plan.evaluate(model, shuffled, args.codebook_size)[0]
+    rows["shuffled"] = plan.evaluate(model, shuffled, args.codebook_size)
     out = Path(__file__).with_name("controls.json")
     out.write_text(json.dumps({"command": "python -m benchmarks.controls RUN", "git": git_commit(), "rows": rows},
                               indent=1) + "\n")

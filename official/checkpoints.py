@@ -152,7 +152,7 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, method: Literal[probes
     if published:
         released_plan = probes.Plan(source, shape, device, released, known, score, target, class_map, every_clip=True)
     model = model.float().to(device)  # the authors' may be float64
-    tags, _ = plan.evaluate(model, method.encode, args.codebook_size)
+    tags = plan.evaluate(model, method.encode, args.codebook_size)
     if published:
         settings = protocol.paper_settings(method.METHOD, epochs)
         tags |= protocol.evaluate(released_plan, model, method.encode, args.codebook_size, settings)

@@ -68,7 +68,7 @@ def ask(path, *tasks, encode=honest, known=(), score="softmax", modalities=tuple
     plan = Plan(features, shape_of(modalities), CPU, tasks, known, score, target, class_map, paper is not None)
     model = model or torch.nn.Module()
     if paper is None:
-        tags, _ = plan.evaluate(model, encode, size)
+        tags = plan.evaluate(model, encode, size)
     else:
         tags = protocol.evaluate(plan, model, encode, size, paper)
     return {tag.removeprefix("eval/"): value for tag, value in tags.items()}

@@ -46,7 +46,7 @@ def ask(path, target=None, pairs=None, score="softmax") -> tuple:
     """(plan after evaluation, {tag without `eval/`: value})"""
     files = [Features([p]) if p else None for p in (path, target, pairs)]
     plan = Plan(files[0], SHAPE, CPU, ("open_set",), (str(KNOWN),), score, files[1], pairs=files[2])
-    tags, _ = plan.evaluate(torch.nn.Module(), encode, SIZE)
+    tags = plan.evaluate(torch.nn.Module(), encode, SIZE)
     return plan, {tag.removeprefix("eval/"): value for tag, value in tags.items()}
 
 

@@ -46,24 +46,24 @@ def test_probes_leave_the_model_and_the_random_state_alone(tiny, training, quick
     model = model_for(features).train(training)
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     numpy_rng = np.random.get_state()[1].copy()
-    first = evaluate(model, features)[0]
+    first = evaluate(model, features)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
     assert all(module.training is training for module in model.modules())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), rng) and np.array_equal(np.random.get_state()[1], numpy_rng)
     torch.rand(3)
-    assert evaluate(model.train(not training), features)[0] == first  # nor do they depend on either
+    assert evaluate(model.train(not training), features) == first  # nor do they depend on either
 
 
 def test_a_plan_is_used_again_and_sees_the_model_as_it_is_then(tiny, quick):
     features = Features([tiny])
     model = model_for(features)
     plan = probes.Plan(features, features.shape, CPU, known=("5",))
-    first, selections = plan.evaluate(model, micu.encode, SIZE)
-    assert plan.evaluate(model, micu.encode, SIZE)[0] == first
+    first, selections = plan.evaluate(model, micu.encode, SIZE), plan.selections
+    assert plan.evaluate(model, micu.encode, SIZE) == first
     model.quantizer.codebook[:] = model.quantizer.codebook[0].clone()
-    second, collapsed = plan.evaluate(model, micu.encode, SIZE)
+    second, collapsed = plan.evaluate(model, micu.encode, SIZE), plan.selections
     assert second["eval/codebook/used_audio"] == 1 < first["eval/codebook/used_audio"]
     clips = len(features.clips("test"))
     assert {m: (len(row), row.sum().item()) for m, row in selections.items()} == dict.fromkeys(
@@ -79,7 +79,7 @@ def test_a_model_that_fails_is_left_as_it_was(tiny):
     with pytest.raises(RuntimeError, match="broken"):
         plan.evaluate(model, lambda *args: (_ for _ in ()).throw(RuntimeError("broken")), SIZE)
     assert model.training
-    assert plan.evaluate(model, micu.encode, SIZE)[0]["eval/codebook/used_audio"] >= 1
+    assert plan.evaluate(model, micu.encode, SIZE)["eval/codebook/used_audio"] >= 1
 
 
 def test_features_that_are_not_finite(tiny, tmp_path):
@@ -150,7 +150,7 @@ def mean_accuracy(tags) -> float:
 
 def test_an_untrained_model_is_near_chance(small):
     features = Features([small])
-    assert mean_accuracy(evaluate(model_for(features), features)[0]) < 0.2  # ten classes
+    assert mean_accuracy(evaluate(model_for(features), features)) < 0.2  # ten classes
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def oracle(small):
 
     def probe(encode, features=own):
         shape = {m: features.shape[m] for m in ("audio", "text")}
-        return probes.Plan(features, shape, CPU, known=("5",)).evaluate(torch.nn.Module(), encode, 10)[0]
+        return probes.Plan(features, shape, CPU, known=("5",)).evaluate(torch.nn.Module(), encode, 10)
 
     return make, probe
 
@@ -212,6 +212,46 @@ def test_clean_probes_choose_nothing_by_test_labels(oracle, small, tmp_path, mon
     for a, b in zip(chosen[:count], chosen[count:]):
         assert len(a) == len(b)
         assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b))
+
+
+# ------------------------------------------------------------------------------------------- what was not learned, codes
+def test_a_run_that_learned_is_silent_and_each_failure_has_its_line(tiny):
+    features = Features([tiny])
+    plan = probes.Plan(features, features.shape, CPU)
+    chance = {"cpc": 26.3, "cmcm": 13.1}
+    logged = {"losses/cpc": 15.8, "losses/cmcm": 7.5, "losses/recon": 99.0}
+    tags = {f"eval/codebook/perplexity_{m}": value for m, value in (("audio", 87.0), ("video", 120.0), ("text", 22.0))}
+    tags |= {f"eval/classification/{way}/acc_same": 0.9 for way in ("a2v", "v2a", "t2a")}
+    assert plan.not_learned(logged, chance, tags) == []
+    for changed, needles in (
+            (({"losses/cpc": 22.5}, {}), ["loss cpc is 22.50", "26.30", "--epochs"]),
+            (({}, {"eval/codebook/perplexity_text": 1.2}), ["codes of text", "1.2", "--reset-after"]),
+            (({}, {"eval/classification/v2a/acc_same": 0.13}), ["modality v", "13%", "10%"])):
+        (line,) = plan.not_learned(logged | changed[0], chance, tags | changed[1])
+        assert line.startswith("warning: ") and all(needle in line for needle in needles), line
+
+
+def test_codes_of_a_file_without_labels_split_or_classes(run, tiny, tmp_path, capsys):
+    edit(tiny, "mine.h5", label=None, split=None, classes=None, events__audio=None, events__video=None, mask=None,
+         text=None)
+    command(probes.main, run, "mine.h5", "--codes", "codes.h5")
+    assert "80 clips in audio video" in capsys.readouterr().out
+    method, args, shape, model, _ = probes.load("run")
+    with h5py.File("codes.h5") as h5, h5py.File("mine.h5") as mine:
+        assert set(h5["code_index"]) == {"audio", "video"} and list(h5["id"]) == list(mine["id"])
+        for m in h5["code_index"]:
+            features = torch.from_numpy(mine[m][:]).float()
+            quantized, code_index = method.encode(model, features, m)
+            assert np.array_equal(h5["code_index"][m], code_index)
+            np.testing.assert_array_equal(h5["codebook"][:][h5["code_index"][m][:]], quantized.detach())
+    for words, needle in (((run, tiny, "--codes", "absent/codes.h5"), "the folder does not exist"),
+                          ((run, edit(tiny, "n.h5", audio=np.zeros((80, 10, 7), "f4")), "--codes", "c.h5"), "audio has")):
+        with pytest.raises(InputError, match=needle):
+            command(probes.main, *words)
+    edit(tiny, "other.h5", audio=None, video=None, text=None, events__audio=None, events__video=None, mask=None,
+         smell=np.zeros((80, 10, 7), "f4"))
+    with pytest.raises(InputError, match="none of the model's modalities"):
+        command(probes.main, run, "other.h5", "--codes", "c.h5")
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -255,7 +295,7 @@ def test_without_a_checkpoint(run, spoil, main):
 def test_the_command_line_prints_and_writes_what_evaluate_gives(run, tiny, capsys):
     command(probes.main, run, "--known", "5", "--score", "energy", "--out", "out.json")
     found = json.loads((run.parent / "out.json").read_text())
-    expected = evaluate(probes.load(run)[3], Features([tiny]), score="energy")[0]
+    expected = evaluate(probes.load(run)[3], Features([tiny]), score="energy")
     assert found == expected and capsys.readouterr().out.rstrip("\n") == pictures.table(expected, probes.SCORES)
     command(probes.main, run, tiny, "--known", "5", "--score", "energy", "--out", "out.json")  # a file by name
     assert json.loads((run.parent / "out.json").read_text()) == found
@@ -293,7 +333,7 @@ def test_a_command_line_that_cannot_be_met(run, tiny, main):
     for words, needle in (((), "give a run folder"), ((run, "absent.h5"), "absent.h5: no such file"),
                           ((run, "narrow.h5"), "audio has shape"), ((run, "--known", "99"), "--known 99"),
                           ((run, "--target", "absent.h5"), "absent.h5"), ((run, "--class-map", "a=b"), "--class-map"),
-                          ((run, "--out", "absent/out.json"), "--out absent/out.json: the folder does not exist")):
+                          ((run, "--out", "absent/out.json"), "absent/out.json: the folder does not exist")):
         with pytest.raises(InputError, match=needle) as caught:
             command(main, *words)
         assert "\n" not in str(caught.value)

@@ -151,7 +151,7 @@ def test_retrieval_of_groups(tmp_path, toy):
         return rows[index], index
 
     plan = probes.Plan(Features([path]), {"audio": (T, 1), "caption": (T, 1)}, CPU, ("retrieval",))
-    tags, _ = plan.evaluate(torch.nn.Module(), encode, CLIPS)
+    tags = plan.evaluate(torch.nn.Module(), encode, CLIPS)
     clips = 18  # of the 36 test rows
     assert (tags["eval/retrieval/a2c/queries"], tags["eval/retrieval/a2c/database"]) == (clips, 36)
     assert (tags["eval/retrieval/c2a/queries"], tags["eval/retrieval/c2a/database"]) == (36, clips)
@@ -187,7 +187,7 @@ def test_x_retrieval_learns_from_one_and_asks_with_another(toy, monkeypatch):
 
     def ranks(codes):
         plan = probes.Plan(features, shape_of(modalities), CPU, ("x_retrieval",))
-        tags, _ = plan.evaluate(torch.nn.Module(), numbered(features, modalities, codes), CLIPS)
+        tags = plan.evaluate(torch.nn.Module(), numbered(features, modalities, codes), CLIPS)
         return {name: tags[f"eval/x_retrieval/t2v_to_audio/{name}"] for name in ("r1", "zero_r10", "same_r10",
                                                                                  "chance_r10", "class_chance_r10")}
 

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -169,7 +170,7 @@ def expected_tags(modalities) -> set:
 def test_results(smoke, small):
     results = smoke.results
     assert set(results) == {"method", "data", "data_sha256", "seed", "args", "torch", "device", "git", "resumed_at",
-                            "seconds", "steps", "peak_memory_mb", "metrics"}
+                            "seconds", "steps", "peak_memory_mb", "warnings", "metrics"}
     assert (results["method"], results["data"], results["seed"], results["steps"]) == (smoke.script, "digits", 1, 4)
     assert set(results["seconds"]) == {"data", "train", "probe"} and all(v > 0 for v in results["seconds"].values())
     assert results["torch"] == torch.__version__ and 50 < results["peak_memory_mb"] < 4000
@@ -295,7 +296,7 @@ def test_probes_print_the_same_table_again(default_runs, script):
 
 
 def test_a_folder_for_the_figures_that_does_not_exist_is_told_before_probing(interrupted):
-    with pytest.raises(InputError, match="^--out absent/again.json: the folder does not exist$"):
+    with pytest.raises(InputError, match="^absent/again.json: the folder does not exist$"):
         run_here("probes.py", interrupted, "--out", "absent/again.json")
 
 
@@ -475,6 +476,41 @@ def test_flags_that_must_not_change_the_training(here, straight, options):
         {key: load(run)[key] for key in ("networks", "optimizer", "rng")},
         {key: straight[0][key] for key in ("networks", "optimizer", "rng")})}
     assert differ <= {"networks/usage", "networks/resets"}  # counters since the last log line
+
+
+@EVERY_SCRIPT
+def test_clips_of_one_segment_train_without_what_needs_time(here):
+    """One line says what to switch off."""
+    with h5py.File(here.data) as h5:
+        short = {name: h5[name][:, :1] for name in ("audio", "text")}
+    short |= dict.fromkeys(("video", "mask", "events__audio", "events__video"))  # nothing else
+    still = edit(here.data, here.cwd / "still.h5", **short)
+    tiny, off = [*TINY, "--epochs", 1, "--data", still], {"micu": ["--lambda-fine", 0]}.get(here.script, ["--no-cpc"])
+    assert " ".join(map(str, off)) in here.error(*tiny)
+    results = read_results(here(*tiny, *off))
+    assert results["steps"] == 4 and "eval/classification/a2t/acc" in results["metrics"]
+
+
+@EVERY_SCRIPT
+def test_a_run_that_learns_nothing_says_so(here):
+    """Weights that stand still: the losses that guess stay where guessing is."""
+    run = here(*AUDIO_TEXT, "--learning-rate", "1e-30", "--epochs", 1)
+    warnings = read_results(run)["warnings"]
+    for name in {"micu": ["cujp"], "uni_code": ["cpc", "cmcm"], "codaar": ["cpc", "dqa"]}[here.script]:
+        assert any(f"loss {name} is" in line and "--epochs" in line for line in warnings), (name, warnings)
+    logged = read_metrics(run)[-2]
+    for line in warnings:
+        if line.startswith("warning: loss"):
+            name, value, guess = line.replace(",", "").split()[2], *map(float, re.findall(r"\d+\.\d\d", line))
+            assert value == pytest.approx(logged[f"losses/{name}"], abs=0.006) and value > 0.8 * guess
+
+
+@pytest.mark.parametrize("script", ["micu"], indirect=True)
+def test_a_codebook_in_collapse_says_so(here):
+    """Far from all outputs but one code, and no resets: one code is nearest to everything."""
+    run = here(*AUDIO_TEXT, "--epochs", 1, "--codebook-init", "uniform", "--reset-after", 0, "--learning-rate", "1e-30")
+    warnings = read_results(run)["warnings"]
+    assert any("codes of audio collapsed" in line for line in warnings), warnings
 
 
 @EVERY_SCRIPT
