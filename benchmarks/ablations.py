@@ -2,14 +2,14 @@
 
     python -m benchmarks.ablations micu                       # run what is missing, write benchmarks/micu.json
     python -m benchmarks.ablations micu --jobs 2 --threads 1  # two runs at a time, one thread each
+    python -m benchmarks.tables                               # write the tables of the documents from them
 
-Every number is from the `clean` protocol on the embedded digits: pairs are made by class there, so the rows compare
-with each other and with nothing else.
+Every number is of the clean protocol, on the embedded sets. Pairs of `digits` are made by class: its rows compare with
+each other and with nothing else. The three rows of HEADLINE have five seeds, the others three.
 """
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,83 +20,76 @@ from typing import Literal
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-UNI_CODE = {  # rows of Uni-Code's Tables 1 to 3: flags
-    "full method": "",
-    "no CLUB": "--lambda-club 0",
-    "no CPC": "--no-cpc",
-    "no CLUB, no CPC": "--lambda-club 0 --no-cpc",
-    "no MM-EMA": "--mm-ema none",
-    "no reset": "--reset-after 0",
-    "no code matching": "--no-cmcm",
-    "no MM-EMA, no reset": "--mm-ema none --reset-after 0",
-    "Baseline": "--lambda-club 0 --no-cpc --no-cmcm --mm-ema none --no-teacher --reset-after 0",
-    "CMCM": "--lambda-club 0 --no-cpc --mm-ema none --no-teacher --reset-after 0",
+SETS = {"digits": "", "watch": "--data watch"}
+HEADLINE = ("default", "as the paper says", "as released")
+RELEASED = ("--spatial-pool sum --codebook-init uniform --reset-rule unused --reset-source live --reset-after 300 "
+            "--clip module")  # what the three releases share
+ISOLATED = {  # what no paper has, taken away one at a time
+    "start U(-1/K, 1/K)": "--codebook-init uniform",
+    "resets to live codes": "--reset-source live",
+    "a code dies if nobody uses it": "--reset-rule unused",
+    "gradients clipped per network": "--clip module",
 }
-CODAAR = {  # rows of CoDAAR's Tables 5 and 6: flags
-    "full method": "",
-    "no CSA": "--no-csa",
-    "no CPC, no CSA": "--no-cpc --no-csa",
-    "CPC alone": "--no-dta --no-csa --no-dqa",
-    "no DTA": "--no-dta",
-    "no CSA, no DQA": "--no-csa --no-dqa",
-}
-ROWS = {  # method: {row: (flags, seeds)}
+MAPS = {"unsharpened attention": "--spatial-pool paper", "sum over the map": "--spatial-pool sum"}  # digits alone
+SIZES = {f"{size} codes": f"--codebook-size {size}" for size in (16, 50, 100, 200, 400, 800)}
+ROWS = {  # method: {row: flags}; of `digits` also MAPS and those of DIGITS
     "micu": {
-        "full method": ("", 3),
-        "bf16": ("--precision bf16", 3),
-        "no coarse": ("--lambda-coarse 0", 3),
-        "no fine": ("--lambda-fine 0", 3),
-        "no jigsaw": ("--lambda-cujp 0", 3),
-        "MMJP, 24 parts": ("--jigsaw mmjp", 3),
-        "paper's similarity": ("--similarity dot --temperature 1.0", 3),
-        "2 splits": ("--cujp-splits 2", 1),
-        "4 splits": ("--cujp-splits 4", 1),
-        "MMJP, 6 parts": ("--jigsaw mmjp --cujp-splits 2", 1),
-        "time mask": ("--mask-axis time", 1),
-        "different masks": ("--mask-sharing different", 1),
-        "256 codes": ("--codebook-size 256", 1),
-        "800 codes": ("--codebook-size 800", 1),
-        "audio and video": ("--modalities audio video", 1),
-        "blunt attention": ("--spatial-pool paper", 1),
-        "sum pooling": ("--spatial-pool sum", 1),
-        "unused resets": ("--reset-rule unused", 1),
-        "released recipe": ("--similarity cosine --temperature 0.1 --mask-axis time --mm-ema "
-                            "--lambda-cujp 1 --cujp-splits 2 --spatial-pool sum --reset-rule unused "
-                            "--reset-source live --reset-after 300 --codebook-init uniform", 1),
-        "64 codes": ("--codebook-size 64", 1),
+        "default": "",
+        "as the paper says": "--similarity dot --temperature 1.0 --spatial-pool paper",
+        "as released": f"--mask-axis time --mm-ema --lambda-cujp 1 --cujp-splits 2 {RELEASED}",
+        "no coarse": "--lambda-coarse 0",
+        "no fine": "--lambda-fine 0",
+        "no jigsaw": "--lambda-cujp 0",
+        "MMJP": "--jigsaw mmjp",
+        "time mask": "--mask-axis time",
+        "dot product, temperature 1": "--similarity dot --temperature 1.0",
+        "start and resets of single outputs": "--codebook-init batch --reset-source batch",
+        **ISOLATED, **{name: flags for name, flags in SIZES.items() if "400" not in name},
     },
     "uni_code": {
-        **{name: (flags, 1 if flags else 3) for name, flags in UNI_CODE.items()},
-        "bf16": ("--precision bf16", 3),
-        **{f"AV, {name}": (f"--modalities audio video {flags}", 1 if flags else 3) for name, flags in UNI_CODE.items()},
-        "map decoded": ("--specific map", 3),
-        "paper's CLUB weight": ("--lambda-club 1", 1),
-        "commitment summed over D": ("--commitment-cost 64", 1),
-        "sum pooling": ("--spatial-pool sum", 1),
-        "released recipe": ("--specific map --mm-ema time-aligned --spatial-pool sum "
-                            "--reset-rule unused --reset-source live --reset-after 300 --codebook-init uniform", 1),
-        "AT": ("--modalities audio text", 1),
-        "VT": ("--modalities video text", 1),
+        "default": "",
+        "as the paper says": "--lambda-club 1 --spatial-pool paper",
+        "as released": f"--lambda-club 1 --specific map --mm-ema time-aligned {RELEASED}",
+        "no CLUB": "--lambda-club 0",
+        "CLUB's weight 1": "--lambda-club 1",
+        "CLUB's weight 1, clipped per network": "--lambda-club 1 --clip module",
+        "no CPC": "--no-cpc",
+        "no MM-EMA": "--mm-ema none",
+        "no code matching": "--no-cmcm",
+        "no reset": "--reset-after 0",
+        "no teacher": "--no-teacher",
+        "Baseline": "--lambda-club 0 --no-cpc --no-cmcm --mm-ema none --no-teacher --reset-after 0",
+        "start and resets of single outputs": "--codebook-init batch --reset-source batch",
+        **ISOLATED, **{name: flags for name, flags in SIZES.items() if "400" not in name},
     },
     "codaar": {
-        **{name: (flags, 3 if name in ("full method", "no CSA") else 1) for name, flags in CODAAR.items()},
-        "bf16": ("--precision bf16", 3),
-        "no DQA": ("--no-dqa", 1),
-        "independent start": ("--codebook-init uniform --reset-rule unused --reset-source live", 1),
-        "independent start, no CSA": ("--codebook-init uniform --reset-rule unused --reset-source live --no-csa", 1),
-        "paired resets": ("--reset-source paired", 1),
-        **{f"AV, {name}": (f"--modalities audio video {flags}", 1 if flags else 3) for name, flags in CODAAR.items()},
-        "AV, cascade video audio": ("--modalities audio video --cascade video audio", 1),
-        **{f"cascade {order}": (f"--cascade {order}", 1) for order in (  # Table 7
-            "text video audio", "audio text video", "audio video text", "video text audio", "video audio text")},
-        "map decoded": ("--specific map", 3),
+        "default": "",
+        "as the paper says": "--codebook-init uniform --reset-rule unused --reset-source live --spatial-pool paper",
+        "as released": f"--specific map {RELEASED}",
+        "no CSA": "--no-csa",
+        "no DTA": "--no-dta",
+        "no DQA": "--no-dqa",
+        "no CPC": "--no-cpc",
+        "CPC alone": "--no-dta --no-csa --no-dqa",
+        "independent start, no CSA": "--codebook-init uniform --reset-rule unused --reset-source live --no-csa",
+        "paired resets": "--reset-source paired",
+        **ISOLATED, **{name: flags for name, flags in SIZES.items() if "800" not in name},
     },
 }
-COLUMNS = ["classification/v2a/acc", "classification/a2v/acc", "classification/t2a/acc", "classification/t2v/acc",
-           "classification/a2t/acc", "classification/v2t/acc",
-           "open_set_5/v2a/hos", "open_set_5/a2v/hos", "open_set_5/v2a/hos_oracle", "open_set_5/a2v/hos_oracle",
-           "open_set_5/v2a/auroc", "open_set_5/a2v/auroc", "codebook/used_audio", "codebook/used_video",
-           "codebook/used_text", "codebook/agreement", "codebook/weighted_1"]
+DIGITS = {
+    "micu": {"bf16": "--precision bf16", "audio and video": "--modalities audio video", **MAPS},
+    "uni_code": {"bf16": "--precision bf16", "audio and video": "--modalities audio video", **MAPS,
+                 "map decoded": "--specific map"},
+    "codaar": {"bf16": "--precision bf16", "audio and video": "--modalities audio video", **MAPS,
+               "map decoded": "--specific map", **{f"cascade {order}": f"--cascade {order}" for order in (  # Table 7
+                   "audio text video", "audio video text", "text video audio", "video audio text",
+                   "video text audio")}},
+}
+
+
+def rows_of(method: str, data: str) -> dict:
+    """{row: flags}"""
+    return ROWS[method] | (DIGITS[method] if data == "digits" else {})
 
 
 def run(command: str, runs_dir: Path, threads: int) -> dict:
@@ -112,36 +105,37 @@ def run(command: str, runs_dir: Path, threads: int) -> dict:
     return json.loads((folder / "results.json").read_text()) | {"last_log": last}
 
 
-def main(method: tyro.conf.Positional[Literal[tuple(ROWS)]], jobs: int = 1, threads: int = 0, runs_dir: str = "runs"):
-    out, runs_dir = ROOT / "benchmarks" / f"{method}.json", (ROOT / runs_dir).resolve()
-    rows, lock = json.loads(out.read_text()) if out.exists() else {}, Lock()
+def main(methods: tyro.conf.Positional[tuple[Literal[tuple(ROWS)], ...]], jobs: int = 1, threads: int = 0,
+         runs_dir: str = "runs", seeds: int = 5, rows: tuple[str, ...] = ()) -> None:
+    """Run what is missing of these METHODS, of each row at most `seeds`; `rows`: of these alone."""
+    runs_dir, lock = (ROOT / runs_dir).resolve(), Lock()
+    results = {}
+    for method in methods:
+        path = ROOT / "benchmarks" / f"{method}.json"
+        results[method] = json.loads(path.read_text()) if path.exists() else {}
 
-    def one(name: str, seed: int) -> None:
-        flags = ROWS[method][name][0]
-        row = rows.setdefault(name, {"command": f"python {method}.py {flags} --seed S", "seeds": {}})
+    def one(method: str, data: str, name: str, seed: int) -> None:
+        row = results[method].setdefault(data, {}).setdefault(name, {"seeds": {}})
+        row["command"] = f"python {method}.py {SETS[data]} {rows_of(method, data)[name]}".strip()
         if str(seed) not in row["seeds"]:
-            result = run(f"python {method}.py {flags} --seed {seed}", runs_dir, threads) | {"threads": threads or None}
-            keep = ("git", "data_sha256", "torch", "threads", "seconds", "peak_memory_mb", "metrics", "last_log")
+            result = run(f"{row['command']} --seed {seed}", runs_dir, threads) | {"threads": threads or None}
+            keep = ("git", "data_sha256", "torch", "threads", "seconds", "peak_memory_mb", "warnings", "metrics",
+                    "last_log")
             with lock:
                 row["seeds"][str(seed)] = {key: result[key] for key in keep}
-                out.write_text(json.dumps({n: rows[n] for n in ROWS[method] if n in rows}, indent=1) + "\n")
-            print(f"{name}, seed {seed}: {result['seconds']['train']:.0f} s", file=sys.stderr, flush=True)
+                path = ROOT / "benchmarks" / f"{method}.json"
+                path.write_text(json.dumps(results[method], indent=1) + "\n")
+            print(f"{method}, {data}, {name}, seed {seed}: {result['seconds']['train']:.0f} s", file=sys.stderr,
+                  flush=True)
 
-    wanted = [(name, seed) for name, (_, seeds) in ROWS[method].items() for seed in range(1, seeds + 1)]
+    wanted = []
+    for seed in range(1, seeds + 1):  # the first seed of all rows, then the second
+        for method in methods:
+            for data in SETS:
+                chosen = [name for name in rows_of(method, data) if name in rows or not rows]
+                wanted += [(method, data, name, seed) for name in chosen if seed <= 3 or name in HEADLINE]
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda job: one(*job), wanted))
-    print("| row | seeds | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 2))
-    for name, row in rows.items():
-        cells = []
-        for column in COLUMNS:
-            values = [seed["metrics"].get(f"eval/{column}") for seed in row["seeds"].values()]
-            scale, digits = (1, 0) if "/used_" in column else (100, 1)
-            if None in values:
-                cells.append("–")
-                continue
-            spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{scale * statistics.mean(values):.{digits}f}{spread}")
-        print(f"| {name} | {len(row['seeds'])} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

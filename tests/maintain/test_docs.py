@@ -1,7 +1,6 @@
 """The documents tell the truth about commands and tags, and the help explains every flag."""
 import json
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import sys
 import pytest
 import tyro
 
+from benchmarks import ablations, tables
 from conftest import ROOT, SCRIPTS, run_here
 from run import InputError
 
@@ -59,11 +59,27 @@ def test_commands_in_the_documents_parse(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_rows_of_the_benchmarks_change_a_setting_and_stand_beside_their_command(script):
-    rows = runpy.run_path(str(ROOT / "benchmarks" / "ablations.py"))["ROWS"][script]
+def test_the_rows_of_the_benchmarks_are_settings_that_differ(script):
     Args = __import__(script).Args
-    for name, (flags, _) in rows.items():
-        assert (tyro.cli(Args, args=shlex.split(flags)) == Args()) == (flags == ""), name
+    for data in ablations.SETS:
+        settings = [tyro.cli(Args, args=shlex.split(flags)) for flags in ablations.rows_of(script, data).values()]
+        assert settings[0] == Args() and all(settings.count(one) == 1 for one in settings)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_recipes_stand_in_the_documents_and_parse(script):
+    """`as the paper says` and `as released`, as the benchmarks run them."""
+    text = (ROOT / "docs" / f"{script}.md").read_text()
+    for name in ("as the paper says", "as released"):
+        flags = ablations.ROWS[script][name]
+        assert f"python {script}.py {flags}  # {name}" in text
+        tyro.cli(__import__(script).Args, args=shlex.split(flags))
+
+
+def test_the_tables_of_the_documents_are_those_of_the_results():
+    assert set(tables.DOCUMENTS) <= set(DOCUMENTS)
+    for path in tables.DOCUMENTS:
+        assert tables.filled(path.read_text()) == path.read_text(), f"python -m benchmarks.tables: {path.name}"
 
 
 def test_the_two_commands_of_the_readme_are_there():

@@ -1,0 +1,121 @@
+"""The tables of the documents, from benchmarks/*.json.
+
+    python -m benchmarks.tables           # rewrite the tables in README.md and docs/
+
+A table stands between `<!-- table NAME -->` and `<!-- end of table -->`; NAME is `headline`, or a method and a set:
+`micu digits`. Mean and standard deviation over seeds, in percent; a direction such as a2v: trained on audio, tested on
+video.
+"""
+import json
+import re
+import statistics
+from pathlib import Path
+
+from benchmarks.ablations import HEADLINE, ROOT, ROWS, SETS, rows_of
+
+NAMES = {"micu": "MICU", "uni_code": "Uni-Code", "codaar": "CoDAAR"}
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKED = re.compile(r"(<!-- table ([a-z_ ]+) -->\n).*?(<!-- end of table -->)", re.S)
+
+
+def read(method: str) -> dict:
+    path = ROOT / "benchmarks" / f"{method}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def cell(values: list, digits: int = 1) -> str:
+    """`95.8 ± 1.0`; without the spread of one value, a dash of none"""
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def over_directions(seeds: list, ending: str) -> list:
+    """Of each seed the mean over all directions, in percent"""
+    found = []
+    for metrics in seeds:
+        values = [value for tag, value in metrics.items() if tag.endswith(f"/{ending}") and "eval/" in tag]
+        found += [100 * statistics.mean(values)] if values else []
+    return found
+
+
+def cells(seeds: list, ways: list) -> list:
+    """The columns of one row"""
+    shown = [cell(over_directions(seeds, "acc"))]
+    for way in ways:
+        tag = f"eval/classification/{way}/acc"
+        shown.append(cell([100 * metrics[tag] for metrics in seeds if tag in metrics]))
+    shown += [cell(over_directions(seeds, name)) for name in ("auroc", "hos", "hos_source", "hos_oracle")]
+    codes = [tag for tag in seeds[0] if tag.startswith("eval/codebook/used_")]
+    shown.append("/".join(cell([statistics.mean(metrics[tag] for metrics in seeds)], 0) for tag in codes))
+    return [*shown, cell([100 * metrics["eval/codebook/agreement"] for metrics in seeds])]
+
+
+def directions(rows: dict) -> list:
+    """`a2v`, … of the row that has most of them"""
+    found = [{tag.split("/")[2]: None for tag in seed["metrics"] if tag.startswith("eval/classification/")}
+             for row in rows.values() for seed in row["seeds"].values()]
+    return list(max(found, key=len))
+
+
+def table(title: str, entries: list, ways: list) -> str:
+    """entries: (name, [metrics of each seed])"""
+    head = [title, "seeds", "accuracy", *ways, "AUROC", "HOS", "HOS, source's threshold", "HOS, best threshold",
+            "codes", "agreement"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, seeds in entries:
+        lines.append("| " + " | ".join([name, str(len(seeds)), *cells(seeds, ways)]) + " |")
+    return "\n".join(lines)
+
+
+def made_at(rows: list) -> str:
+    commits = sorted({seed["git"] for row in rows for seed in row["seeds"].values()})
+    return f"Made at commit {', '.join(commits)}.\n"
+
+
+def of_method(method: str, data: str) -> str:
+    """All rows of a method on one set, with their flags"""
+    rows = {name: row for name, row in read(method).get(data, {}).items() if name in rows_of(method, data)}
+    if not rows:
+        return "Not run yet.\n"
+    entries = []
+    for name in rows_of(method, data):
+        if name in rows and rows[name]["seeds"]:
+            flags = rows_of(method, data)[name]
+            entries.append((f"{name} `{flags}`" if flags else name,
+                            [seed["metrics"] for seed in rows[name]["seeds"].values()]))
+    return table("row", entries, directions(rows)) + f"\n\n{made_at(list(rows.values()))}"
+
+
+def headline() -> str:
+    """Default, paper and release of the three methods, a table for each set"""
+    parts = []
+    for data in SETS:
+        rows = {(method, name): read(method).get(data, {}).get(name) for method in ROWS for name in HEADLINE}
+        rows = {key: row for key, row in rows.items() if row and row["seeds"]}
+        if rows:
+            entries = [(f"{NAMES[method]}, {name}", [seed["metrics"] for seed in row["seeds"].values()])
+                       for (method, name), row in rows.items()]
+            parts.append(table(data, entries, directions(rows)) + f"\n\n{made_at(list(rows.values()))}")
+    return "\n".join(parts) or "Not run yet.\n"
+
+
+def filled(text: str) -> str:
+    """A document with its tables made anew"""
+    def replace(match: re.Match) -> str:
+        method, _, data = match[2].partition(" ")
+        return match[1] + (headline() if method == "headline" else of_method(method, data)) + match[3]
+    return MARKED.sub(replace, text)
+
+
+def main() -> None:
+    for path in DOCUMENTS:
+        text = path.read_text()
+        if filled(text) != text:
+            path.write_text(filled(text))
+            print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
