@@ -1,7 +1,8 @@
 """From the authors' archives and lists to `cmg-features` files.
 
-    python -m official.convert SET ROOT --out FILE        SET is vggsound, ave, avvp, ave-avvp, ucf51, ucf-vgg, mscoco,
-                                                          clotho or avs; `SET --help` says what ROOT holds
+    python -m official.convert SET ROOT --out FILE        SET is vggsound, ave, ave-original, avvp, ave-avvp, ucf51,
+                                                          ucf-vgg, mscoco, clotho or avs, or npy-folder for arrays of
+                                                          your own; `SET --help` says what ROOT holds
 """
 import csv
 import hashlib
@@ -27,7 +28,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from data import FORMAT, NOT_ANNOTATED, SPLITS, VERSION, FeatureFile
+from data import FORMAT, NOT_ANNOTATED, NOT_MODALITIES, SPLITS, VERSION, FeatureFile
 from official.safe_pickle import read_archive, unpickle
 from run import InputError, explain_input_errors, first_line, write_atomically
 
@@ -35,13 +36,18 @@ T = 10  # segments of a clip
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
-def fit(array: np.ndarray, shape: tuple, rows: Literal["first", "even", "twice"] = "first"):
+Rows = Literal["first", "even", "twice", "exact"]
+
+
+def fit(array: np.ndarray, shape: tuple, rows: Rows = "first"):
     """(array (L, ...) brought to `shape` (T, ...); `padded`, `cut` or None). `first`: fewer rows than T repeat the last
-    one, more than T lose their end; `twice`: the same for T / 2 rows, each taken twice; `even`: T rows evenly spaced.
-    Raises InputError if it cannot fit."""
+    one, more than T lose their end; `twice`: the same for T / 2 rows, each taken twice; `even`: T rows evenly spaced;
+    `exact`: T rows it must be. Raises InputError if it cannot fit."""
     if array.ndim != len(shape) or array.shape[1:] != shape[1:] or len(array) == 0 or array.dtype.kind not in "fiu":
         raise InputError(f"holds {array.dtype} of shape {array.shape}, expected {('L', *shape[1:])}")
     length, segments, number = len(array), shape[0], np.arange(shape[0])
+    if rows == "exact" and length != segments:
+        raise InputError(f"has {length} segments, others have {segments}; --segments {segments} pads and cuts")
     wanted = segments // 2 if rows == "twice" else segments
     taken = number * length // segments if rows == "even" else np.minimum(number * wanted // segments, length - 1)
     return array[taken], "padded" if length < wanted else "cut" if length > wanted else None
@@ -58,8 +64,8 @@ class Options:
 
 @dataclass
 class Listing:
-    """The clips of one file, in order. `sources` {modality: (shape, [one a clip])}: a source is the path of an archive,
-    (path, dataset, row) of an HDF5 file, or an array. `notes` are told to the user."""
+    """The clips of one file, in order. `sources` {modality: (shape, [one a clip])}: a source is the path of an archive
+    or of a .npy file, (path, dataset, row) of an HDF5 file, or an array. `notes` are told to the user."""
     name: str
     origin: str  # the data set; probes across data sets have settings of their own in the release
     ids: list
@@ -70,8 +76,9 @@ class Listing:
     events: dict = field(default_factory=dict)  # {modality: (N, T, C)}
     group: Optional[np.ndarray] = None  # (N,)
     mask: Optional[tuple] = None  # shape and sources of `mask`
-    rows: Literal["first", "even", "twice"] = "first"  # as `fit` has it
+    rows: Rows = "first"  # as `fit` has it
     notes: list = field(default_factory=list)
+    license: str = "see the authors' release"
 
     def __getitem__(self, rows):
         """The clips `rows`, an array of numbers."""
@@ -92,7 +99,10 @@ def read_source(source, shape: tuple, rows: str, faithful: bool):
     try:
         if isinstance(source, list):
             return read_masks(source, shape), None
-        array = opened(path)[place[0]][place[1]] if place else read_archive(path, faithful)
+        if place:
+            array = opened(path)[place[0]][place[1]]
+        else:
+            array = read_npy(path) if path.endswith(".npy") else read_archive(path, faithful)
         return fit(array, shape, rows)
     except Exception as error:  # damaged files raise anything
         raise InputError(first_line(error) if str(error).startswith(path) else f"{path}: {first_line(error)}")
@@ -101,6 +111,16 @@ def read_source(source, shape: tuple, rows: str, faithful: bool):
 @lru_cache
 def opened(path: str) -> h5py.File:
     return h5py.File(path, "r")
+
+
+def read_npy(path: str) -> np.ndarray:
+    """The array in a .npy file, mapped: a header that promises more than the file holds is refused, not allocated."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file")
+    except Exception as error:  # a damaged header can raise anything
+        raise InputError(f"{path}: not a readable .npy file ({first_line(error)})")
 
 
 def end_with(parent: int) -> None:
@@ -164,7 +184,7 @@ def create(path: str, listing: Listing, dtype: np.dtype) -> None:
     """Write an HDF5 file that holds everything but the features and masks, for which it only reserves the place."""
     text = h5py.string_dtype()
     with h5py.File(path, "w") as h5:
-        h5.attrs.update(format=FORMAT, version=VERSION, name=listing.name, license="see the authors' release",
+        h5.attrs.update(format=FORMAT, version=VERSION, name=listing.name, license=listing.license,
                         source=listing.origin)
         h5["id"] = np.array(listing.ids, text)
         h5["split"] = listing.split.astype(np.uint8)
@@ -185,6 +205,9 @@ def check_output(listing: Listing, out: str, workers: int) -> None:
     """Raise InputError if there is nothing to write, nobody to write it, or no place for the file."""
     if not listing.ids:
         raise InputError(f"{out}: the list is empty")
+    unprintable = [name for name in (*listing.ids, *listing.classes) if not name.isprintable()]
+    if unprintable:
+        raise InputError(f"{out}: {unprintable[0]!r} cannot be the id of a clip or the name of a class")
     if workers < 1:
         raise InputError(f"--workers {workers}: at least one")
     path = Path(out)
@@ -258,13 +281,13 @@ def copy_clips(todo: list, state: tuple, out: str, options: Options) -> dict:
     return errors
 
 
-def tell_lengths(names: list, done: np.ndarray) -> None:
+def tell_lengths(datasets: dict, done: np.ndarray) -> None:
     """Print how many clips of each dataset were padded and cut, as the bits of the progress file (N,) say."""
-    for i, name in enumerate(names):
+    for i, (name, (_, shape, _)) in enumerate(datasets.items()):
         for bit, happened in enumerate(("padded", "cut")):
             times = (done >> (2 * i + 1 + bit) & 1).sum()
             if times:
-                print(f"  {name} {happened} to {T} segments: {times} clips")
+                print(f"  {name} {happened} to {shape[0]} segments: {times} clips")
 
 
 def write_clips(listing: Listing, out: str, options: Options) -> None:
@@ -290,7 +313,7 @@ def write_clips(listing: Listing, out: str, options: Options) -> None:
     state = partial, progress, places, listing.rows, options.faithful
     errors = copy_clips(np.flatnonzero(done == 0).tolist(), state, out, options)
 
-    tell_lengths(list(datasets), np.fromfile(progress, np.uint8))
+    tell_lengths(datasets, np.fromfile(progress, np.uint8))
     if errors:
         report.write_text("".join(f"{listing.ids[row]}\t{error}\n" for row, error in sorted(errors.items())))
         print(f"  skipped: {len(errors)} clips, see {report}; the first: {errors[min(errors)]}")
@@ -318,12 +341,13 @@ def leave_out(path: str, out: str, listing: Listing, bad: np.ndarray, dtype: np.
 
 
 # ---------------------------------------------------------------------------------------------------------------- lists
-def read_table(path: Path, delimiter: str, columns: tuple) -> list:
-    """Rows of a CSV file as dicts of stripped strings. Raises InputError naming a missing file or column."""
+def read_table(path: Path, delimiter: str, columns: tuple, names: tuple = None) -> list:
+    """Rows of a CSV file as dicts of stripped strings; `names` of its columns if it may lack a header. Raises
+    InputError naming a missing file or column."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             rows = [{k: (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(
-                stream, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)]
+                stream, names, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: not a readable list ({first_line(error)})")
     for column in columns:
@@ -352,12 +376,12 @@ def number(classes: list, name: str, path) -> int:
     return classes.index(name)
 
 
-def archives(folder: Path, ids: list) -> list:
+def archives(folder: Path, ids: list, ending: str = ".zip") -> list:
     """The archive of each clip. Ids come from a list file: those that would lead out of the folder are refused."""
     for name in ids:
         if "/" in name or "\\" in name or name in ("", ".", ".."):
             raise InputError(f"{folder}: '{name}' is no clip id")
-    return [str(folder / f"{name}.zip") for name in ids]
+    return [str(folder / f"{name}{ending}") for name in ids]
 
 
 def in_splits(rows: list, path) -> np.ndarray:
@@ -369,7 +393,7 @@ def in_splits(rows: list, path) -> np.ndarray:
 
 def whole(text: str, path) -> int:
     """A number of seconds in a list"""
-    if not re.fullmatch(r"-?\d+", text.strip()):
+    if not re.fullmatch(r"-?\d{1,9}", text.strip()):
         raise InputError(f"{path}: '{text}' is no whole number of seconds")
     return int(text)
 
@@ -417,19 +441,65 @@ def read_order(path: Path, rows: int, expected: int, subset: bool) -> np.ndarray
     return order
 
 
-def read_array(path: Path, key: str):
+MOST_NUMBERS = 1 << 24  # in a list file; the largest one that exists has 1.2 million
+
+
+def read_array(path: Path, key: str) -> np.ndarray:
+    """The numbers in a dataset of a list file"""
     try:
         with h5py.File(path, "r") as h5:
-            return np.asarray(h5[key][()])
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+            data = h5[key]
+            if data.size > MOST_NUMBERS or data.dtype.kind not in "biuf":
+                raise InputError(f"{path}: '{key}' holds {data.dtype} of shape {data.shape}, expected fewer numbers")
+            return np.asarray(data[()])
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{path}: no readable dataset '{key}' ({first_line(error)})")
 
 
-def list_ave(lists: Path, features: Path, subset: bool) -> Listing:
-    """All clips of AVE, train, val and test one after the other as their orders have them."""
-    path = lists / "Annotations.txt"
-    rows = read_table(path, "&", ("Category", "VideoID", "StartTime", "EndTime"))
+def require_rows(path: Path, annotations: int, shape: tuple) -> None:
+    """Raise InputError unless the AVE features in `path` are (annotations, *shape) and were really written. 46 of the
+    4,143 annotations share a video with another one, so features made video by video have 4,097 rows: from the first
+    such video on, every row would belong to another clip."""
+    try:
+        with h5py.File(path, "r") as h5:
+            data = h5["avadataset"]
+            found, dtype, stored = data.shape, data.dtype, data.id.get_storage_size()
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(f"{path}: no readable dataset 'avadataset' ({first_line(error)})")
+    if found[:1] != (annotations,) and found[1:] == shape:
+        raise InputError(f"{path}: {found[0]} rows for {annotations} annotations; a row is an annotation, not a video "
+                         "(AVE has 4143 of 4097 videos): extract them in the order of Annotations.txt")
+    if found != (annotations, *shape) or dtype.kind != "f":
+        raise InputError(f"{path}: holds {dtype} of shape {found}, expected numbers of shape {(annotations, *shape)}")
+    if not stored:
+        raise InputError(f"{path}: 'avadataset' has no values of its own, it was never written or names other files")
+
+
+def require_ave_features(root: Path, subset: bool) -> None:
+    """Check both feature files of AVE against the annotations, before a clip is copied."""
+    rows = len(read_annotations(root / "Annotations.txt", subset))
+    require_rows(root / "audio_feature.h5", rows, AUDIO)
+    require_rows(root / "visual_feature.h5", rows, VIDEO)
+
+
+def read_annotations(path: Path, subset: bool) -> list:
+    """Rows of AVE's Annotations.txt, which has a header in the archive of the videos and none in the repository."""
+    names = ("Category", "VideoID", "Quality", "StartTime", "EndTime")
+    rows = read_table(path, "&", names, names)
+    if tuple(rows[0].values()) == names:
+        rows = rows[1:]
     expect(path, len(rows), 4143, subset)
+    return rows
+
+
+def list_ave(lists: Path, features: Path, subset: bool) -> Listing:
+    """All clips of AVE, train, val and test one after the other as their orders have them. `lists` holds
+    Annotations.txt, three orders of its rows (`order`) and, checked if there, labels.h5: `avadataset` (N, T, 29), one
+    column a class in order of appearance, then background."""
+    path = lists / "Annotations.txt"
+    rows = read_annotations(path, subset)
     classes = list(dict.fromkeys(row["Category"] for row in rows))
     orders = [read_order(lists / f"{name}_order.h5", len(rows), size, subset) for name, size in
               zip(SPLITS, (3339, 402, 402))]
@@ -441,9 +511,13 @@ def list_ave(lists: Path, features: Path, subset: bool) -> Listing:
     happens = (np.arange(T) >= start[:, None]) & (np.arange(T) < end[:, None])  # (N, T)
     events = (happens[..., None] & np.eye(len(classes), dtype=bool)[label][:, None])
     if (lists / "labels.h5").exists():
-        given = read_array(lists / "labels.h5", "avadataset")
-        if given.shape != (len(rows), T, len(classes) + 1) or not np.array_equal(given[..., :-1] > 0, events):
-            raise InputError(f"{lists / 'labels.h5'}: does not agree with {path}")
+        given, shape = read_array(lists / "labels.h5", "avadataset"), (len(rows), T, len(classes) + 1)
+        if given.shape != shape:
+            raise InputError(f"{lists / 'labels.h5'}: holds shape {given.shape}, expected {shape} as {path} has it")
+        differ = np.flatnonzero(((given[..., :-1] > 0) != events).any((1, 2)))
+        if len(differ):
+            raise InputError(f"{lists / 'labels.h5'}: {len(differ)} rows do not agree with {path}, the first is row "
+                             f"{differ[0]}; events are taken from the annotations, without labels.h5 nothing is checked")
     listing = Listing("ave", "AVE", [row["VideoID"] for row in rows], classes, {
         m: (shape, [(str(features / f"{name}_feature.h5"), "avadataset", i) for i in range(len(rows))])
         for m, name, shape in (("audio", "audio", AUDIO), ("video", "visual", VIDEO))},
@@ -508,13 +582,13 @@ def list_ave_avvp(lists: Path, ave_lists: Path, ave: Path, subset: bool) -> List
     """The source of AVE to AVVP: clips of the 12 AVE classes that AVVP has, renamed, in AVE's splits."""
     every = list_ave(ave_lists, ave, subset)
     labels = read_array(lists / "ave_avvp_labels.h5", "avadataset")
-    order = read_order(lists / "ave_avvp_order.h5", len(labels), 1831, subset)
+    order = read_order(lists / "ave_avvp_order.h5", len(every.ids), 1831, subset)
     classes = read_lines(lists / "AVE_AVVP_Categories.txt")
-    used = labels[order]
-    if used.shape[1:] != (T, len(classes) + 1) or not (used.sum(-1) == 1).all():
+    shape = (len(every.ids), T, len(classes) + 1)
+    if labels.shape != shape or not (labels[order].sum(-1) == 1).all():
         raise InputError(f"{lists / 'ave_avvp_labels.h5'}: not one of {len(classes) + 1} columns in every segment")
     row = {source[2]: i for i, source in enumerate(every.sources["audio"][1])}  # AVE row -> place in `every`
-    listing, events = every[np.array([row[i] for i in order])], used[..., :-1] > 0
+    listing, events = every[np.array([row[i] for i in order])], labels[order][..., :-1] > 0
     return replace(listing, name="ave-avvp-ave", classes=classes, events={"audio": events, "video": events},
                    label=np.where(events.any((1, 2)), events.any(1).argmax(-1), -1))
 
@@ -686,6 +760,8 @@ def list_avs(lists: Path, features: Path, s4: Path, maps: Optional[Path], subset
     """AVSBench-S4: 5 seconds, each taken twice to make T = 10. Of training clips only the first frame has a mask."""
     path = s4 / "s4_meta_data.csv"
     rows = read_table(path, ",", ("split",))
+    if len(rows[0]) < 3:
+        raise InputError(f"{path}: columns {', '.join(rows[0])}, expected the name first and the category third")
     name, _, category = list(rows[0])[:3]
     counts = Counter(row["split"] for row in rows)
     expect(path, tuple(counts[split] for split in SPLITS), (3452, 740, 740), subset)
@@ -703,6 +779,38 @@ def list_avs(lists: Path, features: Path, s4: Path, maps: Optional[Path], subset
                                     for k, frame in enumerate(frames))])
     return Listing("avs-s4", "AVSBench", ids, classes, sources, in_splits(rows, path), label,
                    mask=((T, 224, 224), masks), rows="twice")
+
+
+# ----------------------------------------------------------------------------------------------- arrays of one's own
+def list_npy(root: Path, table: Path, segments: Optional[int]) -> Listing:
+    """The clips that `table` names, with the modalities that have a folder in `root`; shapes are those of the first
+    clip, without `segments` all clips have its T."""
+    rows = read_table(table, ",", ("id", "split"))
+    ids = [row["id"] for row in rows]
+    twice = [name for name, times in Counter(ids).items() if times > 1]
+    if twice:
+        raise InputError(f"{table}: '{twice[0]}' is listed {ids.count(twice[0])} times")
+    modalities = sorted(path.name for path in root.glob("[!._]*") if path.is_dir())
+    if not modalities or set(modalities) & {*NOT_MODALITIES}:
+        raise InputError(f"{root}: folders {', '.join(modalities) or 'none'}, expected one a modality, named as you "
+                         f"like but for {', '.join(NOT_MODALITIES)}")
+    sources = {}
+    for m in modalities:
+        paths = archives(root / m, ids, ".npy")
+        shape = read_npy(paths[0]).shape
+        if len(shape) not in (2, 4) or 0 in shape:
+            raise InputError(f"{paths[0]}: shape {shape}, expected (T, d) or (T, H, W, d)")
+        sources[m] = (segments or shape[0], *shape[1:]), paths
+    lengths = {m: shape[0] for m, (shape, _) in sources.items()}
+    if len(set(lengths.values())) > 1:
+        raise InputError(f"{root}: clip {ids[0]} has {lengths} segments; --segments brings all to one number")
+    classes = list(dict.fromkeys(row["label"] for row in rows if row.get("label")))
+    label = None
+    if classes:
+        label = np.array([classes.index(row["label"]) if row["label"] else -1 for row in rows])
+    name = root.resolve().name
+    return Listing(name, name, ids, classes, sources, in_splits(rows, table), label,
+                   rows="first" if segments else "exact", license="not stated")
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -736,7 +844,21 @@ def convert_vggsound(root: Root, out: str, which: Literal["24k", "40k", "81k", "
 def convert_ave(root: Root, out: str, options: Options = Options()) -> None:
     """AVE. ROOT holds Annotations.txt, {visual,audio}_feature.h5, {train,val,test}_order.h5 and, checked if there,
     labels.h5."""
+    require_ave_features(root, options.subset)
     write_clips(list_ave(root, root, options.subset), out, options)
+
+
+def convert_ave_original(root: Root, out: str, options: Options = Options()) -> None:
+    """AVE from its own release: the same VGG19 and VGGish features as `ave`, often easier to get. ROOT is the folder
+    data/ of github.com/YapengTian/AVE-ECCV18, with the two feature files that its README links put into it.
+
+    visual_feature.h5 `avadataset` (4143, 10, 7, 7, 512); audio_feature.h5 `avadataset` (4143, 10, 128); labels.h5
+    `avadataset` (4143, 10, 29), required here; {train,val,test}_order.h5 `order`, 3339, 402 and 402 rows of
+    Annotations.txt (its dataloader.py; issues 11 and 13: the number is the row). Annotations.txt names 4,097 videos in
+    4,143 rows (issues 14, 19 and 30), so there must be a row per annotation: 4,097 rows are refused."""
+    if not (root / "labels.h5").exists():
+        raise InputError(f"{root / 'labels.h5'}: not a readable list (no such file), the release has it in data/")
+    convert_ave(root, out, options)
 
 
 def convert_avvp(root: Root, out: str, options: Options = Options()) -> None:
@@ -752,7 +874,9 @@ def convert_ave_avvp(root: Root, out: str, ave: Path, avvp: Path, options: Optio
     Args:
         ave: the folder of `convert ave`.
         avvp: the folder of `convert avvp`."""
-    write_clips(list_ave_avvp(root, ave, ave, options.subset), side_path(out, "ave"), options)
+    listing = list_ave_avvp(root, ave, ave, options.subset)
+    require_ave_features(ave, options.subset)
+    write_clips(listing, side_path(out, "ave"), options)
     for side in ("audio", "visual"):
         write_clips(list_avvp(root, avvp / "feature", side, options, "AVE_AVVP", avvp / "data"), side_path(out, side),
                     options)
@@ -782,7 +906,7 @@ def convert_mscoco(root: Root, out: str, options: Options = Options(), text: Tex
     try:
         pairs = json.loads(path.read_text())["annotations"]
         ids, captions = zip(*[(f"{int(p['image_id']):012d}", str(p["caption"])) for p in pairs])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # JSON may hold anything at any depth
         raise InputError(f"{path}: not a readable list ({type(error).__name__}: {first_line(error)})")
     listing = Listing("mscoco", "MSCOCO", list(ids), [], {"video": (VIDEO, archives(root / "feature/zip", ids))},
                       np.full(len(ids), 2, np.uint8), rows="even")
@@ -817,6 +941,21 @@ def convert_avs(root: Root, out: str, s4: Path, maps: Optional[Path] = None, opt
     listing = list_avs(root / "data", root / "feature", s4, maps, options.subset)
     sentences = prompts(root / "data/AVSBenchCategories2Prompts.csv", listing.classes, 23, options.subset)
     write_clips(with_text(listing, (*listing.sources, "text"), sentences, listing.label, text), out, options)
+
+
+def convert_npy_folder(root: Root, out: str, table: Optional[Path] = None, segments: Optional[int] = None,
+                       options: Options = Options()) -> None:
+    """Arrays of your own. ROOT holds one folder a modality (audio/, video/, any name) with one ID.npy a clip, (T, d) or
+    (T, H, W, d), and clips.csv: a row a clip with its id, split (train, val or test) and, optional, label: the name of
+    its class, empty if unknown. Classes are numbered as they first appear.
+
+    Args:
+        table: the list, if it is not ROOT/clips.csv.
+        segments: bring clips to this number: shorter ones repeat the last one, longer ones lose their end. Without it
+            clips of different lengths are refused."""
+    if segments is not None and segments < 1:
+        raise InputError(f"--segments {segments}: at least one")
+    write_clips(list_npy(root, table or root / "clips.csv", segments), out, options)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from run import InputError, first_line
 MOST_BYTES = 64 << 20  # of a member of an archive; the largest ones that exist have 2 MiB
 
 
+OF_MACOS = re.compile(r"(^|/)(__MACOSX/|\._[^/]*$)")  # members that macOS adds: properties of files, no content
+
+
 class PickledDtype:
     """Stands for `numpy.dtype` in a pickle: a code such as f4, then (version, byte order, ...) as state."""
 
@@ -101,7 +104,7 @@ def read_archive(path: str, faithful: bool = False) -> np.ndarray:
     """The one array in one of the authors' zip archives. Raises InputError naming the archive and the member."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [m for m in archive.infolist() if ".pkl" in m.filename]
+            members = [m for m in archive.infolist() if ".pkl" in m.filename and not OF_MACOS.search(m.filename)]
             names = {m: m.filename if m.filename.isprintable() else repr(m.filename) for m in archive.infolist()}
             for member, name in names.items():
                 if member.filename.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.filename):
