@@ -350,6 +350,8 @@ def read_table(path: Path, delimiter: str, columns: tuple, names: tuple = None) 
                 stream, names, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: not a readable list ({first_line(error)})")
+    if any(len(text.splitlines()) > 1 for row in rows for pair in row.items() for text in pair):
+        raise InputError(f"{path}: not a readable list (a line ends inside a field: is a quotation mark open?)")
     for column in columns:
         if not rows or column not in rows[0]:
             raise InputError(f"{path}: column '{column}' is missing, found {', '.join(rows[0]) if rows else 'no row'}")
@@ -386,8 +388,8 @@ def archives(folder: Path, ids: list, ending: str = ".zip") -> list:
 
 def in_splits(rows: list, path) -> np.ndarray:
     for row in rows:
-        if row["split"] not in SPLITS:
-            raise InputError(f"{path}: split '{row['split']}', expected {' '.join(SPLITS)}")
+        if row.get("split") not in SPLITS:
+            raise InputError(f"{path}: split '{row.get('split')}', expected {' '.join(SPLITS)}")
     return np.array([SPLITS.index(row["split"]) for row in rows], np.uint8)
 
 
@@ -570,7 +572,7 @@ def list_avvp(lists: Path, features: Path, side: str, options: Options, prefix: 
     else:
         drop = set(odd["in neither the LLP validation nor the test list"]) | set(odd["listed twice"])
         drop |= {name for name, on in zip(names, events) if not on.any()}
-        keep = np.array([i for i, name in enumerate(names) if name not in drop])
+        keep = np.array([i for i, name in enumerate(names) if name not in drop], int)
         notes += [f"{side}: {len(rows) - len(keep)} of {len(rows)} rows left out; --faithful keeps them"]
     listing = Listing(f"{prefix.lower().replace('_', '-')}-{side}", "LLP", names, classes, {
         m: (AUDIO if m == "audio" else VIDEO, archives(features / m / "zip", [name[:11] for name in names]))},

@@ -234,6 +234,23 @@ def test_fit_repeats_the_last_row_keeps_the_first_ones_or_spaces_evenly():
         assert np.array_equal(fit(array, (T, 3), "twice")[0], fit(array, (T // 2, 3))[0].repeat(2, 0))
 
 
+def test_members_that_macos_adds_are_not_read(tmp_path):
+    """Its archives hold a ._ file beside each member, or below __MACOSX, whose name contains pkl too."""
+    noise = b"\0\5\x16\7\0\2\0\0Mac OS X"
+    path = tmp_path / "clip.zip"
+    for added in ("__MACOSX/._clip.pkl", "__MACOSX/folder/._clip.pkl", "folder/__MACOSX/clip.pkl", "._clip.pkl",
+                  "folder/._clip.pkl"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("folder/clip.pkl", pickled(sound(3)))
+            archive.writestr(added, noise)
+        for faithful in (False, True):
+            assert np.array_equal(read_archive(str(path), faithful), sound(3)), added
+    zipped(path, sound(3), "__MACOSX/._clip.pkl")
+    assert "0 members" in error_of(lambda: read_archive(str(path)))
+    zipped(path, sound(3), "a._clip.pkl")
+    assert np.array_equal(read_archive(str(path)), sound(3))
+
+
 @pytest.mark.parametrize("array", [np.zeros((10, 127)), np.zeros(128), np.zeros((0, 128)), np.zeros((10, 128, 1)),
                                    np.zeros((10, 128), bool), np.zeros((10, 128), complex)])
 def test_fit_refuses_other_shapes_and_dtypes(array):
@@ -797,9 +814,9 @@ ORDERS = {"train": [1, 3, 4], "val": [0], "test": [5, 2]}
 AVE_CLASSES = ["Church bell", "Bark", "Violin, fiddle"]
 
 
-def ave(root):
+def ave(root, header=True):
     """The folder of AVE with six clips -> (sounds, pictures)."""
-    write_text(root / "Annotations.txt", ["Category&VideoID&Quality&StartTime&EndTime",
+    write_text(root / "Annotations.txt", [*["Category&VideoID&Quality&StartTime&EndTime"] * header,
                                           *(f"{c}&{i}&good&{start}&{end}" for c, i, start, end in ANNOTATED)])
     sounds = np.stack([sound(i, kind=np.float64) for i in range(6)])
     pictures = np.stack([picture(i, kind=np.float64) for i in range(6)])
@@ -844,6 +861,84 @@ def test_ave_files_that_disagree(tmp_path):
         write_h5(tmp_path / f"{name}_order.h5", order=np.array(order))
         error_of(lambda: list_ave(tmp_path, tmp_path, True))
         write_h5(tmp_path / f"{name}_order.h5", order=np.array(ORDERS[name]))
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_ave_original_is_the_same_file(tmp_path, header):
+    """The repository of AVE has Annotations.txt without a header, the archive of its videos has one."""
+    for name, command, first in (("ave", "ave", True), ("original", "ave-original", header)):
+        ave(tmp_path / name, first)
+        convert(command, tmp_path / name, "--out", f"{name}.h5", "--subset", cwd=tmp_path)
+    assert (tmp_path / "original.h5").read_bytes() == (tmp_path / "ave.h5").read_bytes()
+    (tmp_path / "original/labels.h5").unlink()
+    message = convert_error("ave-original", tmp_path / "original", "--out", "out.h5", "--subset", cwd=tmp_path)
+    assert "labels.h5" in message
+
+
+def resized(path, rows: int):
+    """Features made video by video: the second clip of a video that has two is not there, all after it are shifted."""
+    with h5py.File(path, "r+") as h5:
+        values = np.delete(h5["avadataset"][:], 2, 0) if rows == 5 else np.repeat(h5["avadataset"][:], 2, 0)[:rows]
+        del h5["avadataset"]
+        h5["avadataset"] = values
+
+
+@pytest.mark.parametrize("command", ["ave", "ave-original", "ave-avvp"])
+@pytest.mark.parametrize("name", ["audio", "visual"])
+@pytest.mark.parametrize("rows", [5, 7])
+def test_ave_features_have_a_row_per_annotation(tmp_path, command, name, rows):
+    """The last order needs no row that is missing: read without a check, other clips come out."""
+    ave(tmp_path / "ave")
+    write_h5(tmp_path / "ave/test_order.h5", order=np.array([2]))
+    resized(tmp_path / f"ave/{name}_feature.h5", rows)
+    given = [command, tmp_path / "ave", "--out", "out.h5", "--subset", "--on-error", "skip"]
+    if command == "ave-avvp":
+        avvp(tmp_path / "AVVP", tmp_path / "lists", "AVE_AVVP", SHARED, ["KSRjje7GH44_60_70\t8\t10\tDog"],
+             ["19jWnmYnlD8_30_40\t3\t5\tDog"])
+        write_h5(tmp_path / "ave/test_order.h5", order=np.array([5, 2]))
+        ave_avvp(tmp_path / "lists")
+        given[1:2] = [tmp_path / "lists", "--ave", tmp_path / "ave", "--avvp", tmp_path / "AVVP"]
+    message = convert_error(*given, cwd=tmp_path)
+    assert f"{name}_feature.h5" in message and f"{rows} rows for 6 annotations" in message
+    assert not list(tmp_path.glob("out*"))
+
+
+def spoiled_ave(kind: str, folder):
+    """Features that are no features of AVE."""
+    path = folder / "audio_feature.h5"
+    if kind == "a link to a file that is gone":
+        layout = h5py.VirtualLayout((6, T, 128), "f4")
+        layout[:] = h5py.VirtualSource("gone.h5", "avadataset", (6, T, 128))
+    with h5py.File(path, "w") as h5:
+        if kind == "never written":
+            h5.create_dataset("avadataset", (6, T, 128), "f4")
+        if kind == "a link to a file that is gone":
+            h5.create_virtual_dataset("avadataset", layout)
+        if kind == "other shape":
+            h5["avadataset"] = np.zeros((6, 128, T), "f4")
+        if kind == "text":
+            h5["avadataset"] = np.full((6, T, 128), b"x")
+        if kind == "group":
+            h5.create_group("avadataset")
+
+
+@pytest.mark.parametrize("kind", ["never written", "a link to a file that is gone", "other shape", "text", "group",
+                                  "other name"])
+def test_ave_features_that_are_none(tmp_path, kind):
+    ave(tmp_path / "ave")
+    spoiled_ave(kind, tmp_path / "ave")
+    message = convert_error("ave", tmp_path / "ave", "--out", "out.h5", "--subset", cwd=tmp_path)
+    assert "audio_feature.h5" in message and not list(tmp_path.glob("out*"))
+
+
+def test_ave_labels_that_differ_name_their_first_row(tmp_path):
+    ave(tmp_path)
+    with h5py.File(tmp_path / "labels.h5", "r+") as h5:
+        h5["avadataset"][3:, 9] = [1, 0, 0, 0]
+    assert "3 rows do not agree" in error_of(lambda: list_ave(tmp_path, tmp_path, True))
+    assert "the first is row 3" in error_of(lambda: list_ave(tmp_path, tmp_path, True))
+    write_h5(tmp_path / "labels.h5", avadataset=np.zeros((5, T, 4)))
+    assert "expected (6, 10, 4)" in error_of(lambda: list_ave(tmp_path, tmp_path, True))
 
 
 def test_ave_without_its_features(tmp_path):
@@ -1451,6 +1546,98 @@ def test_text_errors_name_options_that_the_set_has(tmp_path, monkeypatch, name):
             assert option in offered
 
 
+# ----------------------------------------------------------------------------------------------- arrays of one's own
+
+
+OWN = [("b-2", "test", "cat"), ("a 1", "train", "dog"), ("c", "val", ""), ("d", "train", "cat")]
+
+
+def npy_folder(root, rows=OWN, lengths=(4, 4, 4, 4), columns="id,split,label"):
+    """Two modalities of four clips -> {modality: [array]}."""
+    arrays = {"video": [], "skeleton": []}
+    for m, shape in (("video", (3, 2, 5)), ("skeleton", (6,))):
+        for i, (name, *_) in enumerate(rows):
+            array = np.random.default_rng(i).standard_normal((lengths[i], *shape)).astype((">f8", "<f4", "<f2")[i % 3])
+            arrays[m].append(array)
+            (root / m).mkdir(parents=True, exist_ok=True)
+            np.save(root / m / f"{name}.npy", array)
+    (root / "__MACOSX").mkdir(exist_ok=True)
+    write_text(root / "clips.csv", [columns, *(",".join(row) for row in rows)])
+    return arrays
+
+
+def test_npy_folder(tmp_path):
+    arrays = npy_folder(tmp_path / "mine")
+    done = convert("npy-folder", tmp_path / "mine", "--out", "out.h5", cwd=tmp_path)
+    found = opened(tmp_path / "out.h5")
+    assert found.id == [name for name, _, _ in OWN] and found.split.tolist() == [TEST, TRAIN, VAL, TRAIN]
+    assert found.classes == ["cat", "dog"] and found.label.tolist() == [0, 1, -1, 0]
+    assert found.modalities == ["video", "skeleton"] and "padded" not in done.stdout
+    for m in arrays:
+        assert np.array_equal(getattr(found, m), np.stack(arrays[m]).astype(np.float16))
+    with h5py.File(tmp_path / "out.h5") as h5:
+        assert h5.attrs["source"] == h5.attrs["name"] == "mine"
+
+
+def test_npy_folder_without_labels_and_with_a_list_elsewhere(tmp_path):
+    npy_folder(tmp_path / "mine", [row[:2] for row in OWN], columns="id,split")
+    (tmp_path / "mine/clips.csv").rename(tmp_path / "list.csv")
+    convert("npy-folder", tmp_path / "mine", "--out", "out.h5", "--table", "list.csv", cwd=tmp_path)
+    found = opened(tmp_path / "out.h5")
+    assert found.classes == [] and (found.features.label == -1).all() and not hasattr(found, "label")
+
+
+def test_npy_folder_of_clips_of_several_lengths(tmp_path):
+    arrays = npy_folder(tmp_path / "mine", lengths=(4, 6, 2, 4))
+    message = convert_error("npy-folder", tmp_path / "mine", "--out", "out.h5", cwd=tmp_path)
+    assert "a 1.npy" in message and "6 segments" in message and "--segments" in message
+    done = convert("npy-folder", tmp_path / "mine", "--out", "out.h5", "--segments", 3, cwd=tmp_path)
+    found = opened(tmp_path / "out.h5")
+    for m in arrays:
+        assert np.array_equal(getattr(found, m), [ten(array, 3) for array in arrays[m]])
+    assert "padded to 3 segments: 1 clips" in done.stdout and "cut to 3 segments: 3 clips" in done.stdout
+
+
+def unequal_modalities(root):
+    for path in (root / "skeleton").iterdir():
+        np.save(path, np.load(path)[:2])
+
+
+NPY_FAULTS = {  # what is done to the folder, what the message names
+    "a row twice": (lambda root: npy_folder(root, [OWN[0], *OWN[:3]]), "listed 2 times"),
+    "an id that leads out": (lambda root: write_text(root / "clips.csv", ["id,split", "../c,train"]), "../c"),
+    "a split of another name": (lambda root: write_text(root / "clips.csv", ["id,split", "c,training"]), "training"),
+    "no column id": (lambda root: write_text(root / "clips.csv", ["name,split", "c,train"]), "'id'"),
+    "no row": (lambda root: write_text(root / "clips.csv", ["id,split"]), "clips.csv"),
+    "no list": (lambda root: (root / "clips.csv").unlink(), "clips.csv"),
+    "no array": (lambda root: (root / "video/c.npy").unlink(), "c.npy"),
+    "a reserved name": (lambda root: (root / "video").rename(root / "label"), "label"),
+    "another depth": (lambda root: np.save(root / "video/b-2.npy", np.zeros((4, 3, 2), "f4")), "(4, 3, 2)"),
+    "another width": (lambda root: np.save(root / "video/d.npy", np.zeros((4, 3, 2, 6), "f4")), "d.npy"),
+    "objects": (lambda root: np.save(root / "video/d.npy", np.array([{}, 1], object), allow_pickle=True), "d.npy"),
+    "no npy": (lambda root: (root / "video/d.npy").write_bytes(b"clip"), "d.npy"),
+    "a file cut off": (lambda root: (root / "video/d.npy").write_bytes((root / "video/d.npy").read_bytes()[:-9]),
+                       "d.npy"),
+    "other lengths in a modality": (unequal_modalities, "--segments")}
+
+
+@pytest.mark.parametrize("fault", NPY_FAULTS)
+def test_npy_folders_that_cannot_be_read(tmp_path, fault):
+    npy_folder(tmp_path / "mine")
+    spoil, named = NPY_FAULTS[fault]
+    spoil(tmp_path / "mine")
+    assert named in convert_error("npy-folder", tmp_path / "mine", "--out", "out.h5", cwd=tmp_path)
+
+
+def test_npy_folder_without_a_folder(tmp_path):
+    npy_folder(tmp_path / "mine")
+    message = convert_error("npy-folder", tmp_path / "none", "--table", tmp_path / "mine/clips.csv", "--out", "out.h5",
+                            cwd=tmp_path)
+    assert "none" in message
+    assert "--segments 0" in convert_error("npy-folder", tmp_path / "mine", "--out", "out.h5", "--segments", 0,
+                                           cwd=tmp_path)
+
+
 # ----------------------------------------------------------------------- lists with another number of rows (section 13)
 
 
@@ -1670,7 +1857,7 @@ def test_real_ave(real_ave):
     listing = real_ave[1]
     assert listing.classes == list(AVE_CLIPS) and np.bincount(listing.label).tolist() == list(AVE_CLIPS.values())
     lines = [line.split("&") for line in (OFFICIAL / "ave/Annotations.txt").read_text().splitlines()[1:]]
-    assert listing.ids == [line[1] for line in lines]
+    assert listing.ids == [line[1] for line in lines] and len(set(listing.ids)) == 4097
     events = dense([[(list(AVE_CLIPS).index(c), int(start), int(end))] for c, _, _, start, end in lines], 28)
     assert np.array_equal(listing.events["audio"], events) and np.array_equal(listing.events["video"], events)
 
