@@ -98,12 +98,12 @@ def main(clips: Root, out: str, table: Optional[Path] = None, bert: Optional[str
          modalities: tuple[Literal["audio", "video", "text"], ...] = ("audio", "video"), random: bool = False) -> None:
     """`table`: CSV of id, split (train, val, test) and, optional, label and sentence; without it all clips are train.
     `bert`: name or folder of a Hugging Face BERT. `random`: networks with random weights, to try the program."""
-    folder, files = Path(f"{out}-npy"), {path.stem: path for path in sorted(clips.glob("[!.]*.*"))}
+    folder, files = Path(out + "-random" * random + "-npy"), {path.stem: path for path in sorted(clips.glob("[!.]*.*"))}
     if not table:
-        table = Path(f"{out}-npy.csv")
+        table = Path(f"{folder}.csv")
         table.write_text("\n".join(["id,split", *(f'"{name}",train' for name in files)]), encoding="utf-8")
     rows = read_table(table, ",", ("id", "split", *["sentence"] * ("text" in modalities)))
-    for m in modalities:
+    for m in sorted(modalities, key="text".__ne__):  # what is over soon comes first
         (folder / m).mkdir(parents=True, exist_ok=True)
         places = archives(folder / m, [row["id"] for row in rows], ".npy")
         if m == "text":

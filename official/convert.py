@@ -519,7 +519,7 @@ def list_ave(lists: Path, features: Path, subset: bool) -> Listing:
         differ = np.flatnonzero(((given[..., :-1] > 0) != events).any((1, 2)))
         if len(differ):
             raise InputError(f"{lists / 'labels.h5'}: {len(differ)} rows do not agree with {path}, the first is row "
-                             f"{differ[0]}; events are taken from the annotations, without labels.h5 nothing is checked")
+                             f"{differ[0]} (from 0); the events are those of the annotations in any case")
     listing = Listing("ave", "AVE", [row["VideoID"] for row in rows], classes, {
         m: (shape, [(str(features / f"{name}_feature.h5"), "avadataset", i) for i in range(len(rows))])
         for m, name, shape in (("audio", "audio", AUDIO), ("video", "visual", VIDEO))},
