@@ -1,10 +1,10 @@
-"""The tables of the documents, from benchmarks/*.json.
+"""The tables of the documents, from benchmarks/*.json, and the line numbers in them, from the scripts.
 
-    python -m benchmarks.tables           # rewrite the tables in README.md and docs/
+    python -m benchmarks.tables           # rewrite the tables and line numbers in README.md and docs/
 
 A table stands between `<!-- table NAME -->` and `<!-- end of table -->`; NAME is `headline`, or a method and a set:
 `micu digits`. Mean and standard deviation over seeds, in percent; a direction such as a2v: trained on audio, tested on
-video.
+video. A row that begins `| micu.py:NNN | `code` |` gets the number of the one line of micu.py that holds this code.
 """
 import json
 import re
@@ -15,6 +15,7 @@ from benchmarks.ablations import HEADLINE, ROOT, ROWS, SETS, rows_of
 
 NAMES = {"micu": "MICU", "uni_code": "Uni-Code", "codaar": "CoDAAR"}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINE = re.compile(r"^\| (\w+)\.py:\d+ \| `(.+?)` \|", re.M)
 MARKED = re.compile(r"(<!-- table ([a-z_ ]+) -->\n).*?(<!-- end of table -->)", re.S)
 
 
@@ -101,12 +102,19 @@ def headline() -> str:
     return "\n".join(parts) or "Not run yet.\n"
 
 
+def numbered(match: re.Match) -> str:
+    """The beginning of a row about a line of a script, with the number of that line"""
+    lines = (ROOT / f"{match[1]}.py").read_text().splitlines()
+    (number,) = [i for i, line in enumerate(lines, 1) if match[2] in line]
+    return f"| {match[1]}.py:{number} | `{match[2]}` |"
+
+
 def filled(text: str) -> str:
     """A document with its tables made anew"""
     def replace(match: re.Match) -> str:
         method, _, data = match[2].partition(" ")
         return match[1] + (headline() if method == "headline" else of_method(method, data)) + match[3]
-    return MARKED.sub(replace, text)
+    return MARKED.sub(replace, LINE.sub(numbered, text))
 
 
 def main() -> None:
