@@ -187,16 +187,20 @@ def code_sharing(counts, share: float) -> dict:
 
 
 def codebook_metrics(code_index: dict, codebook_size: int):
-    """Health of the code: {m: (N, T) int} -> (tags, selections {m: (K,)}). Agreement is over pairs of modalities."""
+    """Health of the code: {m: (N, T) int} -> (tags, selections {m: (K,)}). Agreement is over pairs of modalities;
+    `agreement_chance` is what choices of the same frequencies would give if they were independent."""
     tags, selections = {}, {}
     for m, index in code_index.items():
         counts = index.flatten().bincount(minlength=codebook_size).cpu()
         tags[f"used_{m}"] = (counts > 0).sum().item()
         tags[f"perplexity_{m}"] = torch.special.entr(counts.double() / counts.sum()).sum().exp().item()
         selections[m] = counts
-    agreement = [(a == b).double().mean() for a, b in itertools.combinations(code_index.values(), 2)]
-    if agreement:  # a file of one modality has none
-        tags["agreement"] = torch.stack(agreement).mean().item()
+    if len(code_index) > 1:
+        pairs = list(itertools.combinations(code_index, 2))
+        equal = [(code_index[a] == code_index[b]).double().mean() for a, b in pairs]
+        share = {m: counts.double() / counts.sum() for m, counts in selections.items()}
+        tags["agreement"] = torch.stack(equal).mean().item()
+        tags["agreement_chance"] = torch.stack([share[a] @ share[b] for a, b in pairs]).mean().item()
         tags |= code_sharing(torch.stack(list(selections.values())), SHARE)
     return tags, selections
 

@@ -50,7 +50,8 @@ def cells(seeds: list, ways: list) -> list:
     shown += [cell(over_directions(seeds, name)) for name in ("auroc", "hos", "hos_source", "hos_oracle")]
     codes = [tag for tag in seeds[0] if tag.startswith("eval/codebook/used_")]
     shown.append("/".join(cell([statistics.mean(metrics[tag] for metrics in seeds)], 0) for tag in codes))
-    return [*shown, cell([100 * metrics["eval/codebook/agreement"] for metrics in seeds])]
+    chance = cell([statistics.mean(100 * metrics["eval/codebook/agreement_chance"] for metrics in seeds)])
+    return [*shown, f"{cell([100 * metrics['eval/codebook/agreement'] for metrics in seeds])} ({chance})"]
 
 
 def directions(rows: dict) -> list:
@@ -63,7 +64,7 @@ def directions(rows: dict) -> list:
 def table(title: str, entries: list, ways: list) -> str:
     """entries: (name, [metrics of each seed])"""
     head = [title, "seeds", "accuracy", *ways, "AUROC", "HOS", "HOS, source's threshold", "HOS, best threshold",
-            "codes", "agreement"]
+            "codes", "agreement (chance)"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, seeds in entries:
         lines.append("| " + " | ".join([name, str(len(seeds)), *cells(seeds, ways)]) + " |")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from probes import auroc, code_sharing, mask_metrics, open_set_metrics, recall_at_k, segment_metrics
+from probes import auroc, code_sharing, codebook_metrics, mask_metrics, open_set_metrics, recall_at_k, segment_metrics
 
 SEEDS = range(3)
 
@@ -321,3 +321,14 @@ def test_auroc_is_exact_for_many_tied_float32_scores():
     positive, negative = (torch.randint(50, (n,), generator=generator(n)) / 50 for n in (3000, 2000))
     wins, ties = ((op(positive[:, None], negative)).sum().item() for op in (torch.gt, torch.eq))
     assert math.isclose(auroc(positive, negative), (wins + ties / 2) / 6_000_000, abs_tol=1e-9)
+
+
+def test_codebook_metrics_by_counting():
+    """Two of four segments agree; independent choices would agree if they fell on one code by chance."""
+    index = {"audio": torch.tensor([[0, 0], [1, 2]]), "video": torch.tensor([[0, 1], [1, 1]])}
+    tags, selections = codebook_metrics(index, 5)
+    assert tags["agreement"] == 0.5 and tags["agreement_chance"] == approx(2 / 4 * 1 / 4 + 1 / 4 * 3 / 4)
+    assert {m: row.tolist() for m, row in selections.items()} == {"audio": [2, 1, 1, 0, 0], "video": [1, 3, 0, 0, 0]}
+    assert (tags["used_audio"], tags["used_video"]) == (3, 2)
+    entropy = -(2 / 4 * math.log(2 / 4) + 2 * 1 / 4 * math.log(1 / 4))
+    assert tags["perplexity_audio"] == approx(math.exp(entropy))

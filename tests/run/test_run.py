@@ -157,7 +157,8 @@ def smoke(request, small, tmp_path_factory, default_runs):
 
 def expected_tags(modalities) -> set:
     """The `eval/` tags of a default run on the digits set."""
-    tags = {f"codebook/{name}_{m}" for name in ("used", "perplexity") for m in modalities} | {"codebook/agreement"}
+    tags = {f"codebook/{name}_{m}" for name in ("used", "perplexity") for m in modalities}
+    tags |= {"codebook/agreement", "codebook/agreement_chance"}
     tags |= {f"codebook/{name}_{i + 1}" for name in ("shared", "weighted") for i in range(len(modalities))}
     for way in (f"{a[0]}2{b[0]}" for a in modalities for b in modalities if a != b):
         tags |= {f"classification/{way}/{name}" for name in ("acc", "acc_same", "macro_recall")}
