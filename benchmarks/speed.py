@@ -7,8 +7,9 @@
 
 The script's own main program runs on random features; around the functions and modules of its step lie stopwatches:
 device events on CUDA, which add no synchronisation, a wall clock on CPU. Median and quartiles over --steps steps after
-a warm-up. FLOP are counted by torch over one step (LSTMs and elementwise work are not in it) and compared with the
-device's own matrix product. Appends to benchmarks/speed.json.
+a warm-up. Over one step, part by part, FLOP are counted by torch (LSTMs and elementwise work are not in it), and bytes
+as what each operation reads and writes. Both are compared with what the device does in one large matrix product and one
+large copy: the share of its limit. Appends to benchmarks/speed.json.
 """
 import ast
 import gc
@@ -27,6 +28,8 @@ import h5py
 import numpy as np
 import torch
 import tyro
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,12 +48,27 @@ PARTS = {  # of a step: names in a script
     "ema": ["Quantizer.update", "AlignedQuantizer.update", "mm_ema_input", "temporal_mix"]}
 
 
+class BytesMoved(TorchDispatchMode):
+    """`total`: bytes of the tensors that operations took and gave, those left out that only give a view"""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        read, written = ([t for t in tree_leaves(part) if isinstance(t, torch.Tensor)] for part in (args, out))
+        places = [{t.untyped_storage().data_ptr() for t in tensors} for tensors in (read, written)]
+        if function._schema.is_mutable or not places[0] & places[1]:
+            self.total += sum(t.numel() * t.element_size() for t in read + written)
+        return out
+
+
 class Stopwatches:
     """Spans of named parts within steps. A part that runs inside another one belongs to the outer one."""
 
     def __init__(self, device, warmup: int, steps: int):
         self.cuda, self.warmup, self.last = device.type == "cuda", warmup, warmup + steps
-        self.step, self.inside, self.spans, self.flop, self.counter = -1, False, [], 0, None
+        self.step, self.inside, self.spans = -1, False, []
+        self.counters, self.work = None, defaultdict(lambda: [0, 0])  # {part: [FLOP, bytes]} of the second step
 
     def now(self):
         if not self.cuda:
@@ -63,13 +81,18 @@ class Stopwatches:
         def around(*args, **keywords):
             if self.inside:
                 return function(*args, **keywords)
-            self.inside, start = True, self.now()
+            self.inside, start, before = True, self.now(), self.counted()
             try:
                 return function(*args, **keywords)
             finally:
                 self.inside = False
                 self.spans.append((self.step, part, start, self.now()))
+                for i, (old, new) in enumerate(zip(before, self.counted())):
+                    self.work[part][i] += new - old
         return around
+
+    def counted(self) -> tuple:
+        return (self.counters[0].get_total_flops(), self.counters[1].total) if self.counters else (0, 0)
 
     def input(self, epoch):
         """Around `Batches.epoch`: what lies between two batches is a step."""
@@ -78,11 +101,13 @@ class Stopwatches:
             while True:
                 self.step += 1
                 if self.step == 2:  # the second step: the first one starts the codebook
-                    self.counter = FlopCounterMode(display=False)
-                    self.counter.__enter__()
+                    self.counters = FlopCounterMode(display=False), BytesMoved()
+                    for counter in self.counters:
+                        counter.__enter__()
                 elif self.step == 3:
-                    self.counter.__exit__(None, None, None)
-                    self.flop = self.counter.get_total_flops()
+                    for counter in reversed(self.counters):
+                        counter.__exit__(None, None, None)
+                    self.work["step"], self.counters = list(self.counted()), None
                 if self.step == self.warmup and self.cuda:
                     torch.cuda.reset_peak_memory_stats()
                 start = self.now()
@@ -174,6 +199,20 @@ def matrix_peak(device, dtype) -> float:
     return best
 
 
+def copy_rate(device) -> float:
+    """GB a second that a large copy reads and writes, the best of several"""
+    a, best = torch.zeros(1 << 26, device=device), 0.0
+    for _ in range(8):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a.clone()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 8e-9 * len(a) / (time.perf_counter() - start))
+    return best
+
+
 def reading_alone(path: Path, batch_size: int) -> float:
     """Clips a second that the disk and the reader give without training, the page cache dropped where possible"""
     features = Features([path])
@@ -192,7 +231,7 @@ def main(options: tyro.conf.Positional[tuple[str, ...]] = (), *,
          keep: bool = True) -> None:
     device, shape, reports = pick_device(device), SHAPES[shapes], []
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    peak = matrix_peak(device, dtype)
+    peak, bandwidth = matrix_peak(device, dtype), copy_rate(device)
     with tempfile.TemporaryDirectory() as folder:
         path, needed = Path(folder) / "random.h5", batch_size * (warmup + steps + 2)  # one epoch
         write_random(path, shape, clips or needed)
@@ -208,12 +247,16 @@ def main(options: tyro.conf.Positional[tuple[str, ...]] = (), *,
             parts = {part: [round(q, 2) for q in statistics.quantiles([row.get(part, 0.0) for row in rows], n=4)]
                      for part in dict.fromkeys(part for row in rows for part in row)}
             median = parts["step"][1]
+            flop, moved = watch.work["step"]
+            work = {part: [round(count / 1e9, 2) for count in watch.work[part]] for part in watch.work}
             report = {"command": " ".join(["python -m benchmarks.speed", *sys.argv[1:]]), "method": name,
                       "git": git_commit(), "torch": torch.__version__, "threads": torch.get_num_threads(),
                       "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
                       platform.processor() or "cpu", "milliseconds": parts,
-                      "clips_per_second": round(1e3 * batch_size / median, 1), "tflop": round(watch.flop / 1e12, 4),
-                      "peak_tflops": round(peak, 3), "share_of_peak": round(watch.flop / 1e9 / median / peak, 3),
+                      "clips_per_second": round(1e3 * batch_size / median, 1), "gflop_and_gb": work,
+                      "peak_tflops": round(peak, 3), "share_of_peak": round(flop / 1e9 / median / peak, 3),
+                      "copy_gb_per_second": round(bandwidth, 1),
+                      "share_of_copy": round(moved / 1e6 / median / bandwidth, 3),
                       "peak_memory_mb": round(peak_memory_mb(device) or 0)}
             if features_on == "file":
                 report["reading_alone_clips_per_second"] = round(reading_alone(path, batch_size))
@@ -221,11 +264,13 @@ def main(options: tyro.conf.Positional[tuple[str, ...]] = (), *,
             print(f"\n{name}: {report['device']}, torch {report['torch']}, {report['threads']} threads, batch "
                   f"{batch_size}, {shapes}, {precision}{', compiled' * compile}")
             for part, (low, middle, high) in parts.items():
-                print(f"  {part:12}{middle:9.2f} ms   [{low:.2f}, {high:.2f}]")
-            print(f"  {report['clips_per_second']} clips a second, {watch.flop / 1e9:.1f} GFLOP a step, "
-                  f"{100 * report['share_of_peak']:.0f} % of the {peak:.2f} TFLOP/s of a matrix product, peak memory "
-                  f"{report['peak_memory_mb']} MB" + (f", reading alone {report['reading_alone_clips_per_second']} "
-                                                      "clips a second" if features_on == "file" else ""))
+                gflop, gb = work.get(part, (0, 0))
+                print(f"  {part:12}{middle:9.2f} ms   [{low:.2f}, {high:.2f}]{gflop:9.2f} GFLOP{gb:8.3f} GB")
+            print(f"  {report['clips_per_second']} clips a second, peak memory {report['peak_memory_mb']} MB; "
+                  f"{100 * report['share_of_peak']:.0f} % of the {peak:.2f} TFLOP/s of a matrix product, "
+                  f"{100 * report['share_of_copy']:.0f} % of the {bandwidth:.1f} GB/s of a copy")
+            if features_on == "file":
+                print(f"  reading alone {report['reading_alone_clips_per_second']} clips a second")
     if keep:
         out = Path(__file__).with_name("speed.json")
         out.write_text(json.dumps((json.loads(out.read_text()) if out.exists() else []) + reports, indent=1) + "\n")
