@@ -33,7 +33,7 @@ from data import NOT_ANNOTATED, Features
 from pictures import SHARE, show_codebook, table  # noqa: F401: scripts take them from here
 from run import RANK, InputError, explain_input_errors, first_line, pick_device, require_shape
 
-SCRIPTS = ("uni_code", "micu", "codaar")  # the only modules that a checkpoint may name
+SCRIPTS = ("uni_code", "micu", "codaar", "benchmarks.comparators")  # the only modules that a checkpoint may name
 DEFAULT_TASKS = ("classification", "open_set")  # as far as the clips allow
 BY_CLASS = {"classification", "open_set", "localization"}  # tasks for which source and target need classes in common
 SCORES = ("softmax", "logit", "energy", "distance")  # by which unknown clips may be told from known ones

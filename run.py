@@ -218,10 +218,10 @@ def resumed(method: str, args):
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         if state["method"] != method:
-            raise ValueError(f"but of {state['method']}.py")
+            raise ValueError(f"but of {state['method']}")
         saved = Args(**state["args"])
     except Exception as error:  # whatever is wrong with the file, the user needs one line
-        raise InputError(f"{path}: not a checkpoint of {method}.py ({first_line(error)})")
+        raise InputError(f"{path}: not a checkpoint of {method.replace('.', '/')}.py ({first_line(error)})")
     given = parse(Args, default=saved)
     given.max_steps = args.max_steps  # the limit of an earlier call has been reached
     longer = given.epochs > saved.epochs
@@ -273,7 +273,8 @@ class Run:
         if RANK:
             torch.manual_seed(self.args.seed + 1_000_003 * RANK + self.step)  # dropout differs between processes
         self.folder = all_gather_object(self._open_folder() if RANK == 0 else None)[0]
-        self.resume_command = f"python {self.method}.py --resume {self.folder}"
+        script = f"-m {self.method}" if "." in self.method else f"{self.method}.py"  # a module of a folder, or a file
+        self.resume_command = f"python {script} --resume {self.folder}"
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         return self.step

@@ -124,7 +124,7 @@ def fill_codebook(quantizer, codebook, name: str, modalities: list) -> None:
         quantizer.codebook[0] = 0
 
 
-def main(paths: tyro.conf.Positional[tuple[str, ...]], *, method: Literal[probes.SCRIPTS] | None = None,
+def main(paths: tyro.conf.Positional[tuple[str, ...]], *, method: Literal[tuple(protocol.PAPER)] | None = None,
          tasks: tuple[Literal[probes.TASKS], ...] = (), known: tuple[str, ...] = (),
          score: Literal[probes.SCORES] = "softmax", published: bool = False, target: tuple[str, ...] = (),
          class_map: tuple[str, ...] = (), out: str | None = None, device: str = "auto") -> None:

@@ -21,7 +21,7 @@ import tyro
 from data import Features
 from probes import (ClipProbe, Plan, ProbeTraining, accuracy, annotated, open_run, open_set_metrics, report,
                     segment_metrics)
-from run import explain_input_errors, pick_device
+from run import InputError, explain_input_errors, pick_device
 
 DROPOUT_DRAWS = 2  # encodings with dropout that the epochs of a probe take in turn; released: one an epoch
 TASKS = ("classification", "localization", "open_set")  # of which the release has probes
@@ -248,6 +248,8 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[T
         out: a JSON file for all figures.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`."""
     (method, args, shape, model, epochs), source, target = open_run(paths, target, out)
+    if method.METHOD not in PAPER:
+        raise InputError(f"{paths[0]}: no probes of {method.METHOD} are released; python probes.py {paths[0]} has ours")
     device = pick_device(device)
     plan = Plan(source, shape, device, tasks, known, target=target, class_map=class_map, every_clip=True)
     settings = paper_settings(method.METHOD, epochs)
