@@ -2,6 +2,7 @@
 
     python -m benchmarks.ablations micu                       # run what is missing, write benchmarks/micu.json
     python -m benchmarks.ablations micu --jobs 2 --threads 1  # two runs at a time, one thread each
+    python -m benchmarks.ablations comparators                # what Uni-Code's Table 1 compares with
     python -m benchmarks.tables                               # write the tables of the documents from them
 
 Every number is of the clean protocol, on the embedded sets. Pairs of `digits` are made by class: its rows compare with
@@ -29,6 +30,14 @@ ISOLATED = {  # what no paper has, taken away one at a time
     "resets to live codes": "--reset-source live",
     "a code dies if nobody uses it": "--reset-rule unused",
     "gradients clipped per network": "--clip module",
+}
+PAIRS = {"digits": "--modalities audio video", "watch": "--data watch"}  # two modalities, as in the papers' comparisons
+ALIGN = {"S-MiT": "smit", "MST": "mst", "CODIS": "codis", "TURN": "turn", "CMCM": "cmcm", "InfoNCE": "infonce"}
+READINGS = {  # where a comparator hangs on how its paper is read; InfoNCE is MST unshared, and TURN without L_cross
+    "S-MiT, dot product": "--align smit --similarity dot",
+    "MST, sharing alone": "--align mst --no-contrast",
+    "CODIS, L_code alone": "--align codis --no-contrast",
+    "TURN, L_cross alone": "--align turn --no-contrast",
 }
 MAPS = {"unsharpened attention": "--spatial-pool paper", "sum over the map": "--spatial-pool sum"}  # digits alone
 SIZES = {f"{size} codes": f"--codebook-size {size}" for size in (16, 50, 100, 200, 400, 800)}
@@ -75,6 +84,14 @@ ROWS = {  # method: {row: flags}; of `digits` also MAPS and those of DIGITS
         "paired resets": "--reset-source paired",
         **ISOLATED, **{name: flags for name, flags in SIZES.items() if "800" not in name},
     },
+    "comparators": {  # alone without resets, of which the papers do not tell; the rows `resets` are the other reading
+        "Baseline": "--reset-after 0",
+        **{name: f"--align {align} --reset-after 0" for name, align in ALIGN.items()},
+        **{f"DCID+{name}": f"--align {align} --dcid" for name, align in ALIGN.items()},
+        **{name: f"{flags} --reset-after 0" for name, flags in READINGS.items()},
+        "Baseline, resets": "",
+        **{f"{name}, resets": f"--align {align}" for name, align in ALIGN.items()},
+    },
 }
 DIGITS = {
     "micu": {"bf16": "--precision bf16", "audio and video": "--modalities audio video", **MAPS},
@@ -89,16 +106,23 @@ DIGITS = {
 
 def rows_of(method: str, data: str) -> dict:
     """{row: flags}"""
-    return ROWS[method] | (DIGITS[method] if data == "digits" else {})
+    return ROWS[method] | (DIGITS.get(method, {}) if data == "digits" else {})
 
 
-def run(command: str, runs_dir: Path, threads: int) -> dict:
+def command(method: str, data: str, row: str) -> str:
+    """How a user makes a row, but for the seed."""
+    if method == "comparators":
+        return f"python -m benchmarks.comparators {PAIRS[data]} {ROWS[method][row]}".strip()
+    return f"python {method}.py {SETS[data]} {rows_of(method, data)[row]}".strip()
+
+
+def run(line: str, runs_dir: Path, threads: int) -> dict:
     """One run -> its results.json and the last line of its training log"""
-    arguments = [sys.executable, *shlex.split(command)[1:], "--runs-dir", str(runs_dir)]
+    arguments = [sys.executable, *shlex.split(line)[1:], "--runs-dir", str(runs_dir)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{command}: {done.stderr.strip()}")
+        raise SystemExit(f"{line}: {done.stderr.strip()}")
     folder = Path(done.stdout.splitlines()[-1].removeprefix("run folder: "))
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     *_, last = (line for line in logged if "losses/total" in line)
@@ -116,7 +140,7 @@ def main(methods: tyro.conf.Positional[tuple[Literal[tuple(ROWS)], ...]], jobs: 
 
     def one(method: str, data: str, name: str, seed: int) -> None:
         row = results[method].setdefault(data, {}).setdefault(name, {"seeds": {}})
-        row["command"] = f"python {method}.py {SETS[data]} {rows_of(method, data)[name]}".strip()
+        row["command"] = command(method, data, name)
         if str(seed) not in row["seeds"]:
             result = run(f"{row['command']} --seed {seed}", runs_dir, threads) | {"threads": threads or None}
             keep = ("git", "data_sha256", "torch", "threads", "seconds", "peak_memory_mb", "warnings", "metrics",

@@ -11,7 +11,7 @@ reconstruction, and commitment to the own code. `--align` adds what one method h
     codis     optimal transport to the codes: what one modality should choose, by the other (Duan et al., CVPR 2022)
     turn      infonce, and each modality decoded from the others' codes (Zhao et al., NeurIPS 2022)
     cmcm      clips are matched by the codes that they use (Liu et al., ACL 2022)
-    infonce   contrast of clips, as in CLIP: the control for mst, codis and turn, which have it as a part
+    infonce   contrast of clips, as in CLIP: mst without sharing, turn without decoding from the others
 
     python -m benchmarks.comparators --align infonce                          # contrast and a codebook, on the digits
     python -m benchmarks.comparators --align codis --no-contrast --dcid --modalities audio video
@@ -47,8 +47,7 @@ class Method:
     dcid: bool = False  # with CLUB and Cross-CPC, as in the rows "DCID + ..."
     similarity: Literal["dot", "cosine"] = "dot"  # smit: products of clips (paper), or their cosine / temperature
     temperature: float = 0.07  # tau of all the others, and of smit's cosine
-    contrast: bool = True  # the InfoNCE inside mst, codis and turn; without it what each of them adds to infonce
-    cross: bool = True  # turn: decode each modality from the codes of the others as well
+    contrast: bool = True  # the InfoNCE inside mst, codis and turn; without it only what they have beside it
     # weight of the CLUB bound, 0 leaves it out; the paper has 1, but the bound is a sum over d dimensions
     lambda_club: float = 0.01
     club_steps: int = 5  # steps of CLUB's own optimizer per step
@@ -84,7 +83,7 @@ class Optimisation:
 
 @dataclass
 class Data:
-    data: tuple[str, ...] = ("digits",)  # cmg-features files, or `digits`, embedded and composed on first use
+    data: tuple[str, ...] = ("digits",)  # cmg-features files, or an embedded set, `digits` or `watch`
     modalities: tuple[str, ...] = ()  # two or more modalities of the data; none named: all of them
     features_on: Literal["auto", "device", "memory", "file"] = "auto"  # where features are kept
 
@@ -442,8 +441,8 @@ def amm_loss(z_a, z_b, alpha: float = 0.5, temperature: float | None = None):
     """Adaptive mean margin (S-MiT, Monfort et al., CVPR 2021), the sum of both directions: z_a, z_b (B, T, D) -> ()
 
     `margin_nce` of S[i, j] = zbar_a[i].zbar_b[j], zbar the mean over the segments, and of its transpose, each direction
-    with a margin of its own. A product as in the paper, where a head and not the codebook sets its scale; with a
-    `temperature` S is cosine / tau. Raises ValueError on unequal shapes and unless there are two clips to tell apart."""
+    with a margin of its own. A product as in the paper, where a head sets its scale and not the codebook; with a
+    `temperature` S is cosine / tau. Raises ValueError on unequal shapes, and on one clip, which has no negatives."""
     require_shape("z_a", z_a, (-1, -1, -1))
     require_shape("z_b", z_b, z_a.shape)
     if len(z_a) < 2:
@@ -644,8 +643,8 @@ if __name__ == "__main__":
         for network in model.semantic.values():
             network.compile(dynamic=False)
     # ====================================================================================================== comparators
-    if not args.contrast and (args.align == "infonce" or args.align == "turn" and not args.cross):
-        raise InputError(f"--align {args.align} --no-contrast: nothing of it is left; give --align none")
+    if args.align == "infonce" and not args.contrast:
+        raise InputError("--align infonce --no-contrast: nothing of it is left; give --align none")
     if args.align == "smit" and args.batch_size < 2:
         raise InputError(f"--batch-size {args.batch_size}: --align smit compares a clip with the others of the batch")
     if args.dcid and args.cpc_steps >= segments:
@@ -691,21 +690,21 @@ if __name__ == "__main__":
         # Uni-Code's Eq. 3: to the own code alone, for Eq. 8 is a part of its MM-EMA
         commitment = teacher_commitment_loss(z, code_index, codebook, args.commitment_cost, teacher=False)
 
-        align = sum(align_loss(z[a], z[b], codebook, args) for a, b in itertools.combinations(z, 2))
         cross = cpc = information = torch.zeros_like(recon)
-        if args.align == "turn" and args.cross:
-            with autocast():
-                cross = cross_reconstruction_loss(networks["decoder"], own, specific, target)
         if args.dcid:
             t = torch.randint(segments - args.cpc_steps, (), generator=generators["cpc"]).item()
             cpc = networks["cpc"](z, t)  # Uni-Code's Eq. 6
+        align = sum(align_loss(z[a], z[b], codebook, args) for a, b in itertools.combinations(z, 2))
+        if args.align == "turn":
+            with autocast():
+                cross = cross_reconstruction_loss(networks["decoder"], own, specific, target)
         if args.dcid and args.lambda_club:
             y = {m: all_gather(pool_specific(specific[m].float(), len(batch[m]))) for m in z}  # {m: (B, T, d)}
             fit_club(club, club_optimizer, z, y, args.club_steps)
             information = sum(club[m](z[m], y[m]) for m in z)  # Uni-Code's Eq. 5
 
-        loss = recon + commitment + align + cross + cpc + args.lambda_club * information
-        losses = {"recon": recon, "commitment": commitment, "align": align, "cross": cross, "cpc": cpc,
+        loss = recon + commitment + cpc + align + cross + args.lambda_club * information
+        losses = {"recon": recon, "commitment": commitment, "cpc": cpc, "align": align, "cross": cross,
                   "club": information}
         ema_input = z  # no MM-EMA: the codes follow each modality's own outputs
         # =========================================================================================== end of comparators

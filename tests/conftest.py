@@ -55,7 +55,7 @@ def words(args: tuple) -> list:
 
     `args[0]` is a script of the root (`micu.py`) or a module below it (`official.convert`)."""
     name = args[0] if args[0].endswith(".py") else args[0].replace(".", "/") + ".py"
-    takes_device = Path(name).stem in (*SCRIPTS, "probes", "protocol", "checkpoints")
+    takes_device = Path(name).stem in (*SCRIPTS, "comparators", "probes", "protocol", "checkpoints")
     on_cpu = takes_device and not {"--device", "--help"} & set(args)
     return [str(ROOT / name), *map(str, args[1:]), *(["--device", "cpu"] if on_cpu else [])]
 

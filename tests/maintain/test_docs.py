@@ -1,9 +1,12 @@
 """The documents tell the truth about commands and tags, and the help explains every flag."""
+import importlib
+import itertools
 import json
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tyro
@@ -15,6 +18,7 @@ from run import InputError
 pytestmark = pytest.mark.maintain
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "official" / "README.md"]
 TEXT = "\n".join(path.read_text() for path in DOCUMENTS)
+EVERY = {**{name: f"{name}.py" for name in SCRIPTS}, "benchmarks.comparators": "-m benchmarks.comparators"}
 
 
 def glossary() -> list:
@@ -28,6 +32,7 @@ def glossary() -> list:
 def every_tag(default_runs) -> set:
     """What the scripts log, and what all probes, clean and published, find of MICU and CoDAAR."""
     tags = {tag for run in default_runs.values() for line in run.metrics for tag in line} - {"step"}
+    tags |= {f"losses/{name}" for name in ("align", "cross")}  # of comparators, whose own tests hold them
     micu, codaar = default_runs["micu"], default_runs["codaar"]
     for module, run, tasks in (("probes.py", micu, "localization retrieval x_retrieval segmentation"),
                                ("official/protocol.py", micu, "classification open_set localization"),
@@ -47,15 +52,17 @@ def test_logged_tags_and_glossary_are_the_same(every_tag):
     assert not never_logged
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EVERY)
 def test_commands_in_the_documents_parse(script):
-    module = __import__(script)
-    sources = [TEXT, *(path.read_text() for path in (ROOT / "benchmarks").glob("*.py")), (ROOT / f"{script}.py").read_text()]
+    module, called = importlib.import_module(script), f"python {EVERY[script]}"
+    benchmarks = [path.read_text() for path in (ROOT / "benchmarks").glob("*.py")]
+    sources = [TEXT, *benchmarks, Path(module.__file__).read_text()]
     commands = {line.strip(" `") for text in sources
-                for line in re.findall(rf"python {script}\.py[^`\n\"#&|;]*", text) if "--help" not in line}
+                for line in re.findall(rf"{re.escape(called)}[^`\n\"#&|;]*", text) if "--help" not in line}
     assert commands
     for command in commands:
-        tyro.cli(module.Args, args=[word.replace("...", "x") for word in shlex.split(command)[2:]])
+        words = shlex.split(command.removeprefix(called))
+        tyro.cli(module.Args, args=[word.replace("...", "x") for word in words])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -87,14 +94,23 @@ def test_the_two_commands_of_the_readme_are_there():
         assert f"\npip install -r requirements.txt && {command}\n" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_rows_of_the_comparators_differ_and_parse():
+    rows = runpy.run_path(str(ROOT / "benchmarks" / "ablations.py"))["ROWS"]["comparators"]
+    settings = []
+    for flags, _ in rows.values():
+        words = shlex.split(flags.replace("-m benchmarks.comparators", "benchmarks.comparators").replace(".py", ""))
+        settings.append(tyro.cli(importlib.import_module(words[0]).Args, args=words[1:]))
+    assert len(rows) == 2 * 25 and all(a != b for a, b in itertools.combinations(settings, 2))
+
+
+@pytest.mark.parametrize("script", EVERY)
 def test_the_help_explains_every_flag_in_groups_and_shows_its_default(script):
-    shown = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True, check=True,
-                           env={"COLUMNS": "100", "PATH": ""}).stdout
+    shown = subprocess.run([sys.executable, *EVERY[script].split(), "--help"], capture_output=True, text=True,
+                           check=True, cwd=ROOT, env={"COLUMNS": "100", "PATH": ""}).stdout
     assert re.findall(r"^╭─ (\w+) options ─", shown, re.M) == ["method", "codebook", "optimisation", "data", "running"]
     flat = re.sub(r"\s+", " ", re.sub(r"[│╭╰─╮╯]", " ", shown))
     options = re.findall(r" (--[a-z-]+)(?:, --no-[a-z-]+)? (.*?)\(default: (.*?)\)", flat)
-    assert 30 <= len(options) <= 36 and len(options) == len(__import__(script).Args.__dataclass_fields__)
+    assert 30 <= len(options) <= 36 and len(options) == len(importlib.import_module(script).Args.__dataclass_fields__)
     for name, text, _ in options:
         text = re.sub(r"\{.*?\}|\[.*\]|[A-Z]{3,}|\|", "", text).strip()
         assert len(text) > 5, f"{name} has no help"

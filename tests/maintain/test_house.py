@@ -9,9 +9,10 @@ import pytest
 from conftest import ROOT
 
 pytestmark = pytest.mark.maintain
-SCRIPTS = [ROOT / f"{name}.py" for name in ("uni_code", "micu", "codaar")]
+SCRIPTS = [ROOT / f"{name}.py" for name in ("uni_code", "micu", "codaar", "benchmarks/comparators")]
 OWN = {"Args", "Method", "METHOD", "QUANTIZER", "LIMITS"}  # names whose texts differ
-OWN_FIELDS = {"epochs", "codebook_size", "codebook_init", "reset_source", "mm_ema"}  # of other defaults or choices
+OWN_FIELDS = {"epochs", "codebook_size", "codebook_init", "reset_source", "mm_ema", "similarity",
+              "temperature"}  # of other defaults or choices
 FLOORS = {"run": set(), "pictures": set(), "data": {"run", "datasets"}, "probes": {"run", "data", "pictures"},
           **dict.fromkeys(("micu", "uni_code", "codaar"), {"run", "data", "probes"})}
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("official/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("datasets/*.py")]
@@ -78,7 +79,8 @@ def test_the_main_program_is_short_and_its_step_fits_a_screen():
         assert len(step.splitlines()) <= 55 and len(main.splitlines()) <= 105, path.stem
 
 
-@pytest.mark.parametrize("pair", [("micu", "uni_code"), ("uni_code", "codaar"), ("micu", "codaar")])
+@pytest.mark.parametrize("pair", [("micu", "uni_code"), ("uni_code", "codaar"), ("micu", "codaar"),
+                                  ("uni_code", "benchmarks/comparators")])
 def test_most_lines_are_shared(pair):
     a, b = ((ROOT / f"{name}.py").read_text().splitlines() for name in pair)
     same = sum(block.size for block in difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks())
@@ -98,6 +100,8 @@ def test_imports_run_downward():
     local = {path.stem for path in ROOT.glob("*.py")} | {"official", "benchmarks", "datasets"}
     for path in ROOT.glob("*.py"):
         assert imported(path, False) & local <= FLOORS[path.stem], path.stem
+    for path in SCRIPTS:  # also the one among the benchmarks
+        assert imported(path, False) & local == {"run", "data", "probes"}, path.stem
     for path in SOURCES:
         assert not imported(path, True) & local, f"{path.name} imports late"
         assert "sys.path" not in path.read_text(), f"{path.name} changes where modules are found"

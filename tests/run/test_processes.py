@@ -23,7 +23,8 @@ SMALL = "--batch-size 8 --codebook-size 64 --code-dim 64 --reset-after 2 --epoch
 # An encoder output that is a code has a distance of rounding errors, whose root is not small: no such codes. Nor a ReLU
 # so near 0 that rounding opens it, as in the second step of CoDAAR with seed 1.
 OWN = {"codaar": "--codebook-init uniform --reset-source paired --seed 2", "uni_code": "--reset-source live",
-       "micu": "--cujp-samples 2 --mask-sharing different"}
+       "micu": "--cujp-samples 2 --mask-sharing different", "benchmarks/comparators": "--reset-source live --dcid"}
+ALIGNS = ("smit", "mst", "codis", "turn")
 
 
 def run_jobs(jobs: list) -> None:
@@ -119,6 +120,13 @@ def trained_long(tiny, tmp_path_factory) -> dict:
     return train(SCRIPTS, runs, tiny, tmp_path_factory.mktemp("long"))
 
 
+@pytest.fixture(scope="module")
+def trained_comparators(tiny, tmp_path_factory) -> dict:
+    """Four steps of each by one process and by two."""
+    runs = {f"{align} {n}": (n, f"--align {align} --max-steps 4") for align in ALIGNS for n in (1, 2)}
+    return train(["benchmarks/comparators"], runs, tiny, tmp_path_factory.mktemp("comparators"))
+
+
 def run_harness(jobs: list, folder: Path) -> None:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run([sys.executable, __file__, str(folder / "jobs.json")], capture_output=True, text=True,
@@ -176,6 +184,14 @@ def test_two_processes_compute_what_one_computes(trained, script, name):
     assert_same_training(trained[script, "one"], trained[script, name])
     assert_equal_ranks(trained[script, name][2], 2, 4)
     assert ("club_optimizer" in trained[script, name][1]) == (script == "uni_code")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("align", ALIGNS)
+def test_two_processes_compute_what_one_computes_of_a_comparator(trained_comparators, align):
+    one, two = (trained_comparators["comparators", f"{align} {n}"] for n in (1, 2))
+    assert_same_training(one, two)
+    assert_equal_ranks(two[2], 2, 4)
 
 
 @pytest.mark.slow
