@@ -109,20 +109,20 @@ def rows_of(method: str, data: str) -> dict:
     return ROWS[method] | (DIGITS.get(method, {}) if data == "digits" else {})
 
 
-def command(method: str, data: str, row: str) -> str:
+def command_of(method: str, data: str, row: str) -> str:
     """How a user makes a row, but for the seed."""
     if method == "comparators":
         return f"python -m benchmarks.comparators {PAIRS[data]} {ROWS[method][row]}".strip()
     return f"python {method}.py {SETS[data]} {rows_of(method, data)[row]}".strip()
 
 
-def run(line: str, runs_dir: Path, threads: int) -> dict:
+def run(command: str, runs_dir: Path, threads: int) -> dict:
     """One run -> its results.json and the last line of its training log"""
-    arguments = [sys.executable, *shlex.split(line)[1:], "--runs-dir", str(runs_dir)]
+    arguments = [sys.executable, *shlex.split(command)[1:], "--runs-dir", str(runs_dir)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{line}: {done.stderr.strip()}")
+        raise SystemExit(f"{command}: {done.stderr.strip()}")
     folder = Path(done.stdout.splitlines()[-1].removeprefix("run folder: "))
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     *_, last = (line for line in logged if "losses/total" in line)
@@ -140,7 +140,7 @@ def main(methods: tyro.conf.Positional[tuple[Literal[tuple(ROWS)], ...]], jobs: 
 
     def one(method: str, data: str, name: str, seed: int) -> None:
         row = results[method].setdefault(data, {}).setdefault(name, {"seeds": {}})
-        row["command"] = command(method, data, name)
+        row["command"] = command_of(method, data, name)
         if str(seed) not in row["seeds"]:
             result = run(f"{row['command']} --seed {seed}", runs_dir, threads) | {"threads": threads or None}
             keep = ("git", "data_sha256", "torch", "threads", "seconds", "peak_memory_mb", "warnings", "metrics",

@@ -45,8 +45,9 @@ METHOD = "benchmarks.comparators"
 class Method:
     align: Literal["none", "smit", "mst", "codis", "turn", "cmcm", "infonce"] = "none"  # whose loss is added
     dcid: bool = False  # with CLUB and Cross-CPC, as in the rows "DCID + ..."
-    similarity: Literal["dot", "cosine"] = "dot"  # smit: products of clips (paper), or their cosine / temperature
-    temperature: float = 0.07  # tau of all the others, and of smit's cosine
+    # of clips in smit: cosine / temperature, or the product (paper), under which all outputs become one here
+    similarity: Literal["dot", "cosine"] = "cosine"
+    temperature: float = 0.07  # tau of all the contrasts and of codis
     contrast: bool = True  # the InfoNCE inside mst, codis and turn; without it only what they have beside it
     # weight of the CLUB bound, 0 leaves it out; the paper has 1, but the bound is a sum over d dimensions
     lambda_club: float = 0.01

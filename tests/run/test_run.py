@@ -80,7 +80,7 @@ class Here:
     def __call__(self, *args, data=None) -> Path:
         before = set(self.cwd.glob("runs/*__*"))
         self.capture.readouterr()
-        source = () if "--resume" in args else ("--data", data or self.data, *SCRIPTS[self.script].split())
+        source = () if "--resume" in args else ("--data", data or self.data, *SCRIPTS.get(self.script, "").split())
         self.code = run_here(f"{self.script}.py", *source, *args)
         self.out = self.capture.readouterr().out
         resumed = [Path(folder) for option, folder in zip(args, args[1:]) if option == "--resume"]
@@ -1104,7 +1104,8 @@ class Enough(Exception):
     ("uni_code", "--specific map --codebook-init batch"),
     ("codaar", "--reset-source live --specific map --codebook-init paired"),
     ("micu", "--jigsaw mmjp --cujp-samples 0 --mask-sharing different --mm-ema --reset-source live"),
-    ("micu", "--codebook-init uniform")],
+    ("micu", "--codebook-init uniform"),
+    *(("benchmarks/comparators", f"--align {align} --dcid") for align in ("smit", "mst", "codis", "turn", "cmcm"))],
                          indirect=["script"])
 def test_a_step_mixes_no_devices_and_waits_for_none(here, monkeypatch, options):
     """On `meta`, whose tensors hold no numbers: a number that a step asks for is one it would wait for on a GPU."""
