@@ -335,7 +335,7 @@ CODEBOOK = rand(6, 5, seed=7)
     ({"align": "codis"}, lambda a, b: codis_loss(a, b, CODEBOOK, 0.07, True, 0.5, 50)),
     ({"align": "codis", "contrast": False, "temperature": 1}, lambda a, b: codis_loss(a, b, CODEBOOK, 1.0, False)),
     ({"align": "cmcm"}, lambda a, b: cmcm_loss(a, b, CODEBOOK, CODEBOOK)),
-], ids=str)
+], ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "loss")
 def test_align_is_the_loss_of_its_name(flags, expected):
     z_a, z_b = pair()
     assert_close(align_loss(z_a, z_b, CODEBOOK, Args(**flags)), expected(z_a, z_b))
