@@ -78,6 +78,7 @@ class Optimisation:
     learning_rate: float = 4e-4  # of Adam
     # how a map (H x W cells a segment) becomes a vector: sharpened attention, as in the paper, or a sum (released)
     spatial_pool: Literal["attention", "paper", "sum"] = "attention"
+    clip: Literal["all", "module"] = "all"  # gradients to a norm of 0.5: all together, or each network's (released)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; distances, EMA and losses are fp32
     compile: bool = False  # compile the encoders
 
@@ -624,6 +625,13 @@ def fit_club(club, optimizer, z: dict, y: dict, steps: int) -> None:
         optimizer.step()
 
 
+def clip_gradients(networks: nn.ModuleDict, kind: str):
+    """Scale gradients down to a norm of 0.5, that of all networks together or (`module`) of each -> norm before, ()"""
+    if kind == "all":
+        return nn.utils.clip_grad_norm_(networks.parameters(), 0.5)
+    return torch.stack([nn.utils.clip_grad_norm_(network.parameters(), 0.5) for network in networks.values()]).norm()
+
+
 # -------------------------------------------------------------------------------------------------------- main program
 if __name__ == "__main__":
     run = Run(METHOD, parse(Args, __doc__), **LIMITS)
@@ -660,6 +668,10 @@ if __name__ == "__main__":
     club_optimizer = torch.optim.Adam(club.parameters(), lr=args.club_learning_rate, fused=True)
     generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}  # the host cuts z at t
     more_state = {"club": club, "club_optimizer": club_optimizer}
+    pairs = len(shape) * (len(shape) - 1)  # of modalities, ordered
+    guess = math.log(args.batch_size)
+    by_pair = {"smit": 2 * guess, "codis": 2 * math.log(args.codebook_size) + 2 * guess * args.contrast}
+    chance = {"cpc": pairs * guess, "align": pairs / 2 * by_pair.get(args.align, guess)}  # what a loss is by guessing
     # =============================================================================================== end of comparators
     networks.to(device)
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.learning_rate, fused=True)
@@ -715,7 +727,7 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         loss.backward()
         average_over_processes(p.grad for p in networks.parameters())
-        grad_norm = nn.utils.clip_grad_norm_(networks.parameters(), 0.5)  # as released, but over all parts at once
+        grad_norm = clip_gradients(networks, args.clip)
         optimizer.step()
         model.quantizer.update(z, code_index, ema_input, generators["codebook"])
         average_over_processes(model.quantizer.buffers())
@@ -729,7 +741,9 @@ if __name__ == "__main__":
 
     # ---- evaluation
     if RANK == 0:
-        tags, selections = evaluate()
-        probes.show_codebook(run.writer, model.quantizer.codebook, selections, step)
-        run.finish(step, tags)
-        print(f"{probes.table(tags, probes.SCORES)}\nrun folder: {run.folder}")
+        tags = evaluate()
+        warnings = plan.not_learned(run.logged, chance, tags)
+        run.finish(step, tags, warnings)
+        print("\n".join([probes.table(tags, probes.SCORES), *warnings, f"run folder: {run.folder}"]))
+        probes.show_codebook(run.writer, model.quantizer.codebook, plan.selections, step)
+        run.writer.close()

@@ -1,6 +1,5 @@
 """The documents tell the truth about commands and tags, and the help explains every flag."""
 import importlib
-import itertools
 import json
 import re
 import shlex
@@ -94,13 +93,13 @@ def test_the_two_commands_of_the_readme_are_there():
         assert f"\npip install -r requirements.txt && {command}\n" in (ROOT / "README.md").read_text()
 
 
-def test_the_rows_of_the_comparators_differ_and_parse():
-    rows = runpy.run_path(str(ROOT / "benchmarks" / "ablations.py"))["ROWS"]["comparators"]
-    settings = []
-    for flags, _ in rows.values():
-        words = shlex.split(flags.replace("-m benchmarks.comparators", "benchmarks.comparators").replace(".py", ""))
-        settings.append(tyro.cli(importlib.import_module(words[0]).Args, args=words[1:]))
-    assert len(rows) == 2 * 25 and all(a != b for a, b in itertools.combinations(settings, 2))
+@pytest.mark.parametrize("data", ablations.PAIRS)
+def test_the_rows_of_the_comparators_are_settings_that_differ(data):
+    Args, called = importlib.import_module("benchmarks.comparators").Args, f"python {EVERY['benchmarks.comparators']} "
+    commands = [ablations.command_of("comparators", data, row) for row in ablations.ROWS["comparators"]]
+    assert len(commands) == 24 and all(command.startswith(called) for command in commands)
+    settings = [tyro.cli(Args, args=shlex.split(command.removeprefix(called))) for command in commands]
+    assert all(settings.count(one) == 1 for one in settings)
 
 
 @pytest.mark.parametrize("script", EVERY)
