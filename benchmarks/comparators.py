@@ -102,6 +102,16 @@ LIMITS = {  # which Run checks; other numbers must not be negative
 }
 
 
+def check_flags(args: Args, segments: int) -> None:
+    """Raise InputError if flags do not fit each other, or clips of that many segments."""
+    if args.align == "infonce" and not args.contrast:
+        raise InputError("--align infonce --no-contrast: nothing of it is left; give --align none")
+    if args.align == "smit" and args.batch_size < 2:
+        raise InputError(f"--batch-size {args.batch_size}: --align smit compares a clip with the others of the batch")
+    if args.dcid and args.cpc_steps >= segments:
+        raise InputError(f"--cpc-steps {args.cpc_steps}: needs more than {segments} segments a clip, or no --dcid")
+
+
 # ------------------------------------------------------------------------------------------------------------ encoders
 def cell_mean(x):
     """Features as one vector per segment (B, T, d): maps (B, T, H, W, d) are averaged over their cells."""
@@ -550,6 +560,13 @@ def align_loss(z_a, z_b, codebook, args: Args):
     return z_a.new_zeros(())
 
 
+def by_guessing(args: Args, pairs: int) -> dict:
+    """What losses are by guessing, {name: value}; pairs of modalities, ordered"""
+    clip, code = math.log(args.batch_size), math.log(args.codebook_size)
+    align = {"smit": 2 * clip, "codis": 2 * code + 2 * clip * args.contrast}.get(args.align, clip)
+    return {"cpc": pairs * clip, "align": pairs / 2 * align}
+
+
 def cpc_loss(z_target, prediction):
     """Cross-CPC (Uni-Code Eq. 6, CoDAAR Eq. 2), one step, one ordered pair: z_target, prediction = W_k c_t (B, D) -> ()
 
@@ -652,12 +669,7 @@ if __name__ == "__main__":
         for network in model.semantic.values():
             network.compile(dynamic=False)
     # ====================================================================================================== comparators
-    if args.align == "infonce" and not args.contrast:
-        raise InputError("--align infonce --no-contrast: nothing of it is left; give --align none")
-    if args.align == "smit" and args.batch_size < 2:
-        raise InputError(f"--batch-size {args.batch_size}: --align smit compares a clip with the others of the batch")
-    if args.dcid and args.cpc_steps >= segments:
-        raise InputError(f"--cpc-steps {args.cpc_steps}: needs more than {segments} segments a clip, or no --dcid")
+    check_flags(args, segments)
     if args.align == "mst":
         share_transformer(model.semantic)
     seen = shape if args.specific == "map" else {m: (s[0], s[-1]) for m, s in shape.items()}  # what is decoded
@@ -668,10 +680,7 @@ if __name__ == "__main__":
     club_optimizer = torch.optim.Adam(club.parameters(), lr=args.club_learning_rate, fused=True)
     generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}  # the host cuts z at t
     more_state = {"club": club, "club_optimizer": club_optimizer}
-    pairs = len(shape) * (len(shape) - 1)  # of modalities, ordered
-    guess = math.log(args.batch_size)
-    by_pair = {"smit": 2 * guess, "codis": 2 * math.log(args.codebook_size) + 2 * guess * args.contrast}
-    chance = {"cpc": pairs * guess, "align": pairs / 2 * by_pair.get(args.align, guess)}  # what a loss is by guessing
+    chance = by_guessing(args, len(shape) * (len(shape) - 1))
     # =============================================================================================== end of comparators
     networks.to(device)
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.learning_rate, fused=True)

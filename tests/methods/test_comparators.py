@@ -384,6 +384,17 @@ def test_alignment_rejects_unequal_shapes(align, shape):
         align_loss(torch.ones(4, 3, 5), torch.ones(shape), CODEBOOK, Args(align=align))
 
 
+@pytest.mark.parametrize("align, contrast", [("smit", True), ("codis", True), ("codis", False), ("cmcm", True),
+                                             ("infonce", True)])
+def test_outputs_that_are_all_the_same_are_a_guess(align, contrast):
+    """And a dot product or cosine, a plan or a distribution over codes that are one and the same code."""
+    same, codebook = torch.ones(4, 3, 5, dtype=torch.float64), torch.ones(6, 5, dtype=torch.float64)
+    args = Args(align=align, contrast=contrast, batch_size=4, codebook_size=6)
+    guessed = comparators.by_guessing(args, 6)
+    assert guessed["cpc"] == 6 * math.log(4)
+    assert 3 * align_loss(same, same, codebook, args).item() == pytest.approx(guessed["align"])
+
+
 # ------------------------------------------------------------------------------------------------------------------ mst
 SHAPE = {"audio": (4, 6), "video": (4, 5, 5, 8), "text": (4, 3)}
 
