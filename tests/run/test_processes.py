@@ -23,7 +23,8 @@ SMALL = "--batch-size 8 --codebook-size 64 --code-dim 64 --reset-after 2 --epoch
 # An encoder output that is a code has a distance of rounding errors, whose root is not small: no such codes. Nor a ReLU
 # so near 0 that rounding opens it, as in the second step of CoDAAR with seed 1.
 OWN = {"codaar": "--codebook-init uniform --reset-source paired --seed 2", "uni_code": "--reset-source live",
-       "micu": "--cujp-samples 2 --mask-sharing different", "benchmarks/comparators": "--reset-source live --dcid --seed 2"}
+       "micu": "--cujp-samples 2 --mask-sharing different",
+       "benchmarks/comparators": "--reset-source live --dcid --seed 2"}
 ALIGNS = ("smit", "mst", "codis", "turn")
 
 
