@@ -591,7 +591,5 @@ if __name__ == "__main__":
     if RANK == 0:
         tags = evaluate()
         warnings = plan.not_learned(run.logged, chance, tags)
-        run.finish(step, tags, warnings)
-        print("\n".join([probes.table(tags, probes.SCORES), *warnings, f"run folder: {run.folder}"]))
-        probes.show_codebook(run.writer, model.quantizer.codebook, plan.selections, step)
-        run.writer.close()
+        show = partial(probes.show_codebook, run.writer, model.quantizer.codebook, plan.selections, step)
+        run.finish(step, tags, warnings, probes.table(tags, probes.SCORES), show)

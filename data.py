@@ -8,11 +8,14 @@ is 0 train, 1 val, 2 test; `id` (N,), `classes` (C,), and optionally `label` (N,
 `mask` (N, T, h, w) and `group` (N,). Files from the authors' archives: `python -m official.convert`.
 """
 import hashlib
+import itertools
+import math
 import os
+import re
+import signal
 import sys
 import tempfile
-import weakref
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,179 +28,235 @@ import tyro
 from tqdm import tqdm
 
 from datasets import digits, watch
-from run import WORLD_SIZE, RANK, InputError, explain_input_errors, first_line, all_gather_object, local_rows
+from run import (RANK, WORLD_SIZE, InputError, all_gather_object, explain_input_errors, first_line, local_rows,
+                 note)
 
 FORMAT, VERSION = "cmg-features", 1
 SPLITS = ("train", "val", "test")
 MODALITY_ORDER = ("audio", "video", "text", "flow")  # others follow as the file lists them
 NOT_MODALITIES = ("label", "events", "mask", "group", "split", "id", "classes")
 NOT_ANNOTATED = 255  # fills the frames of `mask` that nobody drew
-HDF5_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError)  # what h5py raises for a damaged file
+HELP = {  # words in what h5py says, as far as it is about something else than a damaged file: what to do
+    "open for write|SWMR": "a program writes it, or died while it did: h5clear -s FILE, once nothing does",
+    "lock file": "another program has it open; close that, or set HDF5_USE_FILE_LOCKING=FALSE",
+    "Permission denied": "you may not read it",
+    "Too many open files": "give fewer files, or raise ulimit -n",
+    "plugin|required filter": "this HDF5 cannot unpack it; rewrite it with h5repack -f GZIP=4 where that works",
+    "never|source|in other": "write it again",
+    "allocate": "that is more memory than there is; is the file whole?",
+    "": "is the file whole? copy it again"}
+SYSTEM = Path("/")  # where Linux says how much memory there is
 EMBEDDED = {"digits": digits, "watch": watch}
 
 
 # ------------------------------------------------------------------------------------------------------- feature files
-class FeatureFile:
-    """One validated `cmg-features` file of N = `clips` clips and T = `segments` segments; `split` and `label` are (N,).
+def seen_dtype(stored: np.dtype) -> np.dtype:
+    """What training and probes get of a stored dtype: float16 or float32, bytes and bool as they are, other whole
+    numbers as int64."""
+    if stored.kind == "f":
+        return np.dtype(np.float16 if stored.itemsize == 2 else np.float32)
+    return stored if stored.itemsize == 1 else np.dtype(np.int64)
 
+
+class FeatureFile:
+    """One `cmg-features` file of N = `clips` clips and T = `segments` segments; `split` and `label` are (N,).
+
+    A modality is validated when it is first asked for, so that one nobody wants may hold anything; all else at opening.
     Raises InputError for whatever is wrong: the file, the dataset, what was found and what was expected.
     """
 
     def __init__(self, path: str):
         self.path = str(path)
-        self.h5 = self._open()
-        self.raw = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.raw)
-        self.size = os.fstat(self.raw).st_size
+        self.sizes, self.valid = {}, {}  # {name of a file: bytes}, {modality: its dataset}
+        if not os.path.isfile(self.path):
+            raise InputError(f"{self.path}: no such file; give a cmg-features file, or 'digits' or 'watch' "
+                             "for an embedded set")
+        with self._explain("not a readable HDF5 file"):
+            self.h5 = h5py.File(self.path, "r", locking="best-effort")  # not every disk of a cluster has locks
+        found = self.attribute("format"), self.attribute("version")
+        if found != (FORMAT, VERSION):
+            raise InputError(f"{self.path}: format and version are {found}, expected {(FORMAT, VERSION)}")
+        self.name = str(self.attribute("name") or Path(self.path).stem)
+        self.source = self.attribute("source")
+        self.id = self._words("id", "N", "backslashreplace")
+        self.clips = len(self.id)
+        self.split = self._integers("split", 0)  # without it all clips are trained on
+        if not np.isin(self.split, (0, 1, 2)).all():
+            self._fail("split", f"values {np.unique(self.split)[:6].tolist()}", "0 train, 1 val, 2 test")
         self.modalities = self._list_modalities()
-        self.split = self._read_split()
-        self.clips = len(self.split)
-        self._require("id", "OS", "str", (self.clips,))
-        self.segments = None  # as the first modality has it
-        for name in self.modalities:
-            self._check_modality(name)
-        self.classes = self._read_classes()
-        self.label = self._read_label()
+        lengths = [shape[0] for shape in self.modalities.values() if len(shape) in (2, 4)]
+        self.segments = (lengths or [0])[0]  # as the first modality has it
+        self.classes = self._words("classes", "C") if "classes" in self.h5 else []
+        self.label = self._integers("label", -1)
+        self._check_classes()
         if "group" in self.h5:
             self._require("group", "iu", "integers", (self.clips,))
         if "mask" in self.h5:
             self._require("mask", "iu", "integers", (self.clips, self.segments, "h", "w"))
         self.events = self._list_events()
 
-    def _open(self) -> h5py.File:
-        if not os.path.isfile(self.path):
-            raise InputError(f"{self.path}: no such file; give a cmg-features file, or 'digits' or 'watch' "
-                             "for an embedded set")
-        try:
-            h5 = h5py.File(self.path, "r")
-            found = (h5.attrs.get("format"), h5.attrs.get("version"))
-            fits = found == (FORMAT, VERSION)
-        except HDF5_ERRORS as error:
-            raise InputError(f"{self.path}: not a readable HDF5 file ({first_line(error)}); copy it again")
-        if not fits:
-            raise InputError(f"{self.path}: format and version are {found[0]} {found[1]}, expected {FORMAT} {VERSION}")
-        return h5
-
     @contextmanager
-    def _explain(self, name: str):
-        """While dataset `name` is read: whatever h5py raises becomes an InputError of one line."""
+    def _explain(self, what: str):
+        """Whatever h5py raises meanwhile becomes an InputError of one line: what cannot be done, why, what helps."""
         try:
             yield
-        except HDF5_ERRORS as error:
-            raise InputError(f"{self.path}: dataset '{name}' cannot be read ({first_line(error)}); is the file whole?")
+        except InputError:
+            raise
+        except Exception as error:
+            reason = first_line(error)
+            advice = next(text for words, text in HELP.items() if re.search(words, reason))
+            raise InputError(f"{self.path}: {what} ({reason}); {advice}")
+
+    def _reading(self, name: str):
+        return self._explain(f"dataset {name!r} cannot be read")
 
     def _fail(self, name: str, found: str, expected: str):
-        raise InputError(f"{self.path}: dataset '{name}' has {found}, expected {expected}")
+        raise InputError(f"{self.path}: dataset {name!r} has {found}, expected {expected}")
 
-    def _find(self, name: str) -> tuple:
-        """Dataset `name` and its dtype, which NumPy may not know."""
-        with self._explain(name):
+    def attribute(self, name: str):
+        """A root attribute, str or int, or None if it is not there."""
+        with self._explain(f"attribute '{name}' cannot be read"):
+            value = self.h5.attrs.get(name)
+            if isinstance(value, np.ndarray) and value.size == 1:
+                value = value.reshape(-1)[0]
+            if isinstance(value, (bytes, str)):
+                value = value.decode() if isinstance(value, bytes) else value.encode(errors="replace").decode()
+            if isinstance(value, np.number) and value == int(value):
+                value = int(value)
+        if not isinstance(value, (str, int, type(None))):
+            raise InputError(f"{self.path}: attribute '{name}' is of {type(value)}, expected one text or whole number")
+        return value
+
+    def _require(self, name: str, kinds: str, words: str, *shapes: tuple, sparse: bool = True) -> h5py.Dataset:
+        """Dataset `name`, which must be written: its dtype must be of one of the NumPy `kinds`, in `words`, its shape
+        one of `shapes`, in which a letter stands for any length. `sparse`: chunks may be left out, being all zero."""
+        with self._reading(name):
             data = self.h5.get(name)
-            dtype = getattr(data, "dtype", None)
+            dtype = getattr(data, "dtype", None)  # NumPy may not know it
         if data is None:
-            raise InputError(f"{self.path}: dataset '{name}' is missing")
+            raise InputError(f"{self.path}: dataset {name!r} is missing, or a link that leads nowhere")
         if not isinstance(data, h5py.Dataset):
-            raise InputError(f"{self.path}: '{name}' is a group, expected a dataset")
-        return data, dtype
-
-    def _require(self, name: str, kinds: str, words: str, shape: tuple) -> h5py.Dataset:
-        """Dataset `name`: its dtype must be of one of the NumPy `kinds`, in `words`, and its shape must be `shape`,
-        in which a letter stands for any length."""
-        data, dtype = self._find(name)
-        if dtype.kind not in kinds:
+            raise InputError(f"{self.path}: {name!r} is a group, expected a dataset")
+        if dtype.kind not in kinds or dtype.kind == "f" and dtype.itemsize > 8:
             self._fail(name, f"dtype {dtype}", words)
-        fits = [isinstance(want, str) or have == want for have, want in zip(data.shape or (), shape)]
-        if data.ndim != len(shape) or not all(fits):
-            self._fail(name, f"shape {data.shape}", str(shape).replace("'", ""))
+        for shape in shapes:
+            fits = [isinstance(want, str) or have == want for have, want in zip(data.shape or (), shape)]
+            if data.ndim == len(shape) and all(fits):
+                break
+        else:
+            self._fail(name, f"shape {data.shape}", " or ".join(map(str, shapes)).replace("'", ""))
+        with self._reading(name):
+            self._require_written(self.h5[name], sparse)  # a copy: HDF5 crashes at the end if such questions are kept
         return data
 
-    def _list_modalities(self) -> list:
-        with self._explain("/"):
-            names = [name for name in self.h5 if name not in NOT_MODALITIES]
-        if not names:
-            raise InputError(f"{self.path}: no modality inside, expected datasets such as 'audio' or 'video'")
-        known = [name for name in MODALITY_ORDER if name in names]
-        return known + [name for name in names if name not in MODALITY_ORDER]
+    def _require_written(self, data: h5py.Dataset, sparse: bool) -> None:
+        """HDF5 reads zeros where nothing was ever written, and where a source of a virtual dataset is gone."""
+        if data.is_virtual:
+            sources = [(part.vspace.get_select_npoints(), *part[1:3]) for part in data.virtual_sources()]
+            if sum(values for values, *_ in sources) < data.size:
+                raise OSError("a part of it has no source")
+            for _, file, name in sources:
+                here = Path(data.file.filename)
+                beside = here if file == "." else here.parent / file
+                with h5py.File(beside if beside.is_file() else file, "r", locking="best-effort") as h5:
+                    self._require_written(h5[name], sparse)
+        elif data.external:
+            raise OSError("its numbers are in other files; h5repack -l CONTI puts them into this one")
+        elif data.chunks and data.size:
+            chunks = math.prod(-(-length // chunk) for length, chunk in zip(data.shape, data.chunks))
+            missing = chunks - data.id.get_num_chunks()
+            if missing == chunks or missing and not sparse:
+                raise OSError(f"{missing} of {chunks} chunks were never written")
+        elif data.size and data.id.get_storage_size() == 0:
+            raise OSError("it was never written")
 
-    def _check_modality(self, name: str) -> None:
-        data, dtype = self._find(name)
-        if data.ndim not in (3, 5) or 0 in data.shape[1:]:
-            self._fail(name, f"shape {data.shape}", "(N, T, d) or (N, T, H, W, d)")
-        self.segments = self.segments or data.shape[1]
+    def _list_modalities(self) -> dict:
+        """{name: (T, d) or (T, H, W, d), if valid} of what is called like a modality or has three axes of numbers"""
+        found = {}
+        with self._explain("its datasets cannot be listed"):
+            for name in sorted(self.h5, key=lambda name: (*MODALITY_ORDER, name).index(name)):
+                data, dtype = None, np.dtype("f4")
+                with suppress(Exception):  # of the many that h5py has; `modality` says what is wrong
+                    data = self.h5.get(name)
+                    dtype = getattr(data, "dtype", dtype)
+                shape = getattr(data, "shape", None) or ()
+                features = data is None or len(shape) > 2 and dtype.kind not in "OSV"
+                if name in MODALITY_ORDER or name not in NOT_MODALITIES and features:
+                    found[name] = tuple(shape[1:])
+        if not found:
+            raise InputError(f"{self.path}: no modality inside, expected datasets such as 'audio' or 'video'")
+        return found
+
+    def modality(self, name: str) -> h5py.Dataset:
+        """The dataset of a modality, validated when it is first asked for."""
+        if name in self.valid:
+            return self.valid[name]
+        data = self._require(name, "f", "float16, float32 or float64", ("N", "T", "d"), ("N", "T", "H", "W", "d"),
+                             sparse=False)
         if data.shape[:2] != (self.clips, self.segments):
             self._fail(name, f"N, T = {data.shape[:2]}", f"{(self.clips, self.segments)} as elsewhere in the file")
-        if dtype.kind != "f" or dtype.itemsize > 8:
-            self._fail(name, f"dtype {dtype}", "float16, float32 or float64")
+        if 0 in data.shape[1:]:
+            self._fail(name, f"shape {data.shape}", "(N, T, d) or (N, T, H, W, d), none of them 0")
+        h, w, d = data.shape[2:] if data.ndim == 5 else (1, 1, 1)
+        if w == d != h or d > 1 and h >= 8 * max(w, d):
+            self._fail(name, f"shape {data.shape}, which looks like (N, T, d, H, W)", "(N, T, H, W, d)")
+        if "." in name or not name.isprintable() or hasattr(torch.nn.ModuleDict(), name):
+            raise InputError(f"{self.path}: rename dataset {name!r}: no dots, no name that PyTorch uses")
         sample = np.unique(np.linspace(0, self.clips - 1, min(16, self.clips)).astype(int))
-        if not np.isfinite(self.read(name, sample)).all():
-            self._fail(name, "NaN or infinity", "finite values (python data.py check FILE says where)")
+        if not np.isfinite(self._read(data, name, sample)).all():
+            self._fail(name, "NaN or infinity", "finite float32 values (python data.py check FILE says where)")
+        return self.valid.setdefault(name, data)
 
-    def _read_split(self) -> np.ndarray:
-        """Of each clip; without the dataset all are trained on."""
-        if "split" not in self.h5:
-            return np.zeros(len(self._require("id", "OS", "str", ("N",))), np.uint8)
-        data = self._require("split", "iu", "integers", ("N",))
-        with self._explain("split"):
-            split = data[:]
-        if not np.isin(split, (0, 1, 2)).all():
-            self._fail("split", f"values {np.unique(split)[:6].tolist()}", "0 train, 1 val, 2 test")
-        return split
+    def _integers(self, name: str, default: int) -> np.ndarray:
+        """(N,) of a dataset; without it `default`"""
+        if name not in self.h5:
+            return np.full(self.clips, default)
+        return self._read(self._require(name, "iu", "integers", (self.clips,)), name, np.arange(self.clips))
 
-    def _read_classes(self) -> list:
-        if "classes" not in self.h5:
-            return []
-        data = self._require("classes", "OS", "str", ("N",))
-        with self._explain("classes"):
-            classes = list(data.asstr()[:])
-        if len(set(classes)) < len(classes):
-            self._fail("classes", "a name twice", "distinct names")
-        return classes
+    def _words(self, name: str, length, errors: str = "strict") -> list:
+        data = self._require(name, "OS", "str", (length,))
+        with self._reading(name):
+            return list(data.asstr(errors=errors)[:])
 
-    def _read_label(self) -> np.ndarray:
-        if "label" not in self.h5:
-            return np.full(self.clips, -1)
-        data = self._require("label", "iu", "integers", (self.clips,))
-        with self._explain("label"):
-            label = data[:].astype(np.int64)
-        if (label >= 0).any() and not self.classes:
+    def _check_classes(self) -> None:
+        for name, times in Counter(self.classes).items():
+            if times > 1:
+                self._fail("classes", f"the name {name!r} {times} times", "distinct names")
+        if (self.label >= 0).any() and not self.classes:
             raise InputError(f"{self.path}: dataset 'classes' is missing, the names of the labels")
-        if not np.isin(label, np.arange(-1, len(self.classes))).all():
-            self._fail("label", f"values {label.min()}..{label.max()}", f"-1..{len(self.classes) - 1}, C - 1")
-        return label
+        if not np.isin(self.label, np.arange(-1, len(self.classes))).all():
+            self._fail("label", f"values {self.label.min()}..{self.label.max()}", f"-1..{len(self.classes) - 1}, C - 1")
 
     def _list_events(self) -> list:
-        with self._explain("events"):
-            events = self.h5.get("events", {})
+        with self._reading("events"):
+            events = self.h5.get("events") if "events" in self.h5 else {}
+            names = [] if isinstance(events, h5py.Dataset) else list(events)
         if isinstance(events, h5py.Dataset):
             raise InputError(f"{self.path}: 'events' is a dataset, expected a group with one dataset per modality")
-        for name in events:
+        for name in names:
             self._require(f"events/{name}", "biu", "0 and 1", (self.clips, self.segments, len(self.classes)))
-        return list(events)
+        return names
 
     def read(self, name: str, index: np.ndarray) -> np.ndarray:
-        """Clips `index` of a dataset in their stored dtype, (len(index), ...). Raises InputError if it cannot be read.
+        """Clips `index` of a dataset, (len(index), ...), as everything sees them (`seen_dtype`): HDF5 itself turns what
+        is stored into it, whatever its byte order or kind. Raises InputError if it cannot be read."""
+        data = self.modality(name) if name in self.modalities else self.h5[name]
+        return self._read(data, name, np.asarray(index))
 
-        A contiguous dataset is read clip by clip with preadv where the system has it, which neither maps the file (a
-        file that shrinks must not kill the process) nor holds h5py's global lock.
-        """
-        with self._explain(name):
-            if os.fstat(self.raw).st_size < self.size:
+    def _read(self, data: h5py.Dataset, name: str, index: np.ndarray) -> np.ndarray:
+        with self._reading(name):
+            size = os.path.getsize(data.file.filename)
+            if size < self.sizes.setdefault(data.file.filename, size):
                 raise OSError("the file has become shorter")  # HDF5 itself would fill up with zeros
-            data = self.h5[name]
-            out = np.empty((len(index), *data.shape[1:]), data.dtype)
-            offset = self._offset(data)
-            for i, clip in enumerate(index):
-                row = out[i:i + 1]
-                if offset is None:
-                    data.read_direct(row, np.s_[int(clip):int(clip) + 1])
-                elif os.preadv(self.raw, [row], offset + int(clip) * row.nbytes) != row.nbytes:
-                    raise OSError("the file ends early")
-        return out
-
-    def _offset(self, data: h5py.Dataset):
-        """At which byte of the file the dataset starts; None if it is not one plain block there, or without preadv."""
-        plain = not data.chunks and not data.dtype.hasobject and data.file.filename == self.path
-        return data.id.get_offset() if plain and hasattr(os, "preadv") else None
+            unsigned = data.dtype == np.uint64  # which int64 holds bit by bit, while HDF5 would clip it
+            out = np.empty((len(index), *data.shape[1:]), np.uint64 if unsigned else seen_dtype(data.dtype))
+            space, start = data.id.get_space(), 0
+            for stop in (*(np.flatnonzero(np.diff(index) != 1) + 1), len(index)):  # neighbours are read together
+                if start < stop:
+                    space.select_hyperslab((int(index[start]), *(0,) * (data.ndim - 1)), out[start:stop].shape)
+                    data.id.read(h5py.h5s.create_simple(out[start:stop].shape), space, out[start:stop])
+                start = stop
+        return out.view(np.int64) if unsigned else out
 
 
 class Features:
@@ -210,20 +269,36 @@ class Features:
     def __init__(self, paths: list, runs_dir: str = "runs"):
         self.files = [FeatureFile(path) for path in data_files(paths, runs_dir)]
         first = self.files[0]
-        self.name = str(first.h5.attrs.get("name", Path(first.path).stem))
-        self.classes = first.classes
+        self.name, self.classes = first.name, first.classes
         self.modalities = [m for m in first.modalities if all(m in file.modalities for file in self.files)]
-        self.shape = self._shape_in(first)  # {m: (T, d) or (T, H, W, d)}
-        for file in self.files[1:]:
-            shape = self._shape_in(file)
-            if shape != self.shape or file.classes != self.classes:
-                raise InputError(f"{file.path}: shapes {shape} or classes differ from those of {first.path}")
+        self.shape = {m: first.modalities[m] for m in self.modalities}  # {m: (T, d) or (T, H, W, d)}
+        for number, file in enumerate(self.files):
+            if any(os.path.samefile(file.path, other.path) for other in self.files[:number]):
+                raise InputError(f"{file.path}: this file is given twice")
+            if file.classes != first.classes:
+                differ = sorted(set(file.classes) ^ set(first.classes)) or ["their order"]
+                raise InputError(f"{file.path}: classes differ from those of {first.path}: {', '.join(differ[:5])}")
         self.starts = np.cumsum([0] + [file.clips for file in self.files])
         self.split = np.concatenate([file.split for file in self.files])
         self.label = np.concatenate([file.label for file in self.files])
+        self._notice_leaks()
 
-    def _shape_in(self, file: FeatureFile) -> dict:
-        return {m: file.h5[m].shape[1:] for m in self.modalities}
+    def _notice_leaks(self) -> None:
+        first, twice = {}, []  # {id: the file and the split in which it comes first}
+        for file in self.files:
+            twice += [name for name, split in zip(file.id, file.split.tolist())
+                      if first.setdefault(name, (file, split)) != (file, split)]
+        if twice:
+            note(f"{self.files[0].path}: {len(twice)} clips have the id of a clip in another split or file, such as "
+                 f"{twice[0]!r}")
+
+    def require(self, modality: str) -> None:
+        """Raises InputError unless every file holds this modality, valid and of one shape."""
+        for file in self.files:
+            shape = file.modality(modality).shape[1:]
+            if shape != self.shape[modality]:
+                raise InputError(f"{file.path}: dataset {modality!r} has clips of shape {shape}, those of "
+                                 f"{self.files[0].path} are {self.shape[modality]}")
 
     def __len__(self) -> int:
         return len(self.split)
@@ -231,15 +306,14 @@ class Features:
     def shapes(self, modalities: tuple = ()) -> dict:
         """{m: (T, d) or (T, H, W, d)} of the wanted modalities, or of all if none is named, in canonical order.
 
-        Raises InputError for a modality that is not there or whose name no network can have, and for fewer than two."""
+        Raises InputError for a modality that is not there or not valid, and for fewer than two."""
         held = " ".join(self.modalities)
         for m in modalities:
             if m not in self.modalities:
                 raise InputError(f"--modalities {m}: the data holds {held}")
         wanted = {m: shape for m, shape in self.shape.items() if m in modalities or not modalities}
         for m in wanted:
-            if "." in m or hasattr(torch.nn.ModuleDict(), m):
-                raise InputError(f"{self.files[0].path}: rename dataset '{m}': no dots, no name that PyTorch uses")
+            self.require(m)
         if len(wanted) < 2:
             raise InputError(f"--modalities {' '.join(wanted)}: at least two are needed; the data holds {held}")
         return wanted
@@ -253,7 +327,7 @@ class Features:
         return np.searchsorted(self.starts, index, side="right") - 1
 
     def read(self, name: str, index: np.ndarray) -> np.ndarray:
-        """Clips `index` of a dataset, any order, in their stored dtype: (len(index), ...)."""
+        """Clips `index` of a dataset, any order: (len(index), ...), in the dtypes of `seen_dtype`."""
         if len(self.files) == 1:
             return self.files[0].read(name, index)
         owner = self._owner(index)
@@ -262,6 +336,12 @@ class Features:
         for f, part in enumerate(parts):
             out[owner == f] = part
         return out
+
+    def blocks(self, name: str, index: np.ndarray) -> Iterator[tuple]:
+        """(start, clips index[start], index[start + 1], ... of a dataset), some 64 MB at a time"""
+        size = 1 + (1 << 24) // max(1, self.read(name, index[:1]).size)
+        for start in range(0, len(index), size):
+            yield start, self.read(name, index[start:start + size])
 
     def single_event(self, index: np.ndarray) -> np.ndarray:
         """Those of the clips `index` that hold events of at most one class, over all modalities; all without events."""
@@ -285,12 +365,24 @@ class Features:
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
-def physical_memory() -> int:
-    """Bytes of main memory of this machine; 8 GiB where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 8 << 30
+def available_memory() -> int:
+    """Bytes of main memory that may still be taken: of the machine's, and of what a container or a cluster allows this
+    process (control groups, version 2 and 1); 8 GiB where no one says."""
+    def find(path: Path, pattern: str) -> list:
+        with suppress(OSError):  # the system has no such file
+            return re.findall(pattern, path.read_text(), re.M)
+        return []
+
+    free = [1024 * int(kib) for kib in find(SYSTEM / "proc/meminfo", r"^MemAvailable: +(\d+)")]
+    for own in find(SYSTEM / "proc/self/cgroup", r"^\d+:.*?:/(.*)"):
+        for group in (SYSTEM / "sys/fs/cgroup" / own, SYSTEM / "sys/fs/cgroup/memory" / own):
+            for folder in (group, *group.parents):
+                limit = find(folder / "memory.max", r"^\d+") + find(folder / "memory.limit_in_bytes", r"^\d+")
+                taken = find(folder / "memory.stat", r"^(?:anon|total_rss) (\d+)")
+                free += [int(limit[0]) - sum(map(int, taken))] if limit else []
+    if not free and hasattr(os, "sysconf"):
+        free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    return min(free, default=8 << 30)
 
 
 class Batches:
@@ -317,27 +409,38 @@ class Batches:
             raise InputError(f"--batch-size {batch_size} is larger than the {split} split ({len(self.index)} clips)")
         if batch_size % WORLD_SIZE:
             raise InputError(f"--batch-size {batch_size} does not divide among {WORLD_SIZE} processes")
+        self.dtype = {m: np.result_type(*(seen_dtype(file.modality(m).dtype) for file in features.files))
+                      for m in self.modalities}
         self.source = self._where_it_fits() if source == "auto" else source
         self.resident = {}
         if self.source != "file":
             self.resident = {m: self._read_all(m) for m in self.modalities}
+        else:
+            self._notice_chunks()
 
     def _where_it_fits(self) -> str:
         size = 0
         for m in self.modalities:
-            size += len(self.index) * int(np.prod(self.features.shape[m])) * self.features.files[0].h5[m].dtype.itemsize
+            size += len(self.index) * math.prod(self.features.shape[m]) * self.dtype[m].itemsize
         if self.device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(self.device)[0]:
             return "device"
         size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process on this machine holds all of it
-        return "memory" if size < 0.5 * physical_memory() else "file"
+        return "memory" if size < 0.5 * available_memory() else "file"
+
+    def _notice_chunks(self) -> None:
+        for file, m in itertools.product(self.features.files, self.modalities):
+            chunk = file.h5[m].chunks or (1,)
+            if chunk[0] > 1:
+                note(f"{file.path}: for a clip of {m} its chunk of {chunk[0]} clips is read, every time; "
+                     f"h5repack -l {m}:CONTI in.h5 out.h5 makes a faster file")
 
     def _read_all(self, modality: str) -> torch.Tensor:
         """All clips (N, T, ...), filled in piece by piece: pieces to be joined would take the memory twice."""
-        dtype = np.result_type(*(file.h5[modality].dtype for file in self.features.files))
         place = self.device if self.source == "device" else "cpu"
-        out = torch.from_numpy(np.empty(0, dtype)).to(place).new_empty(len(self.index), *self.features.shape[modality])
-        for start in range(0, len(out), 1000):
-            out[start:start + 1000] = torch.from_numpy(self.features.read(modality, self.index[start:start + 1000]))
+        empty = torch.from_numpy(np.empty(0, self.dtype[modality])).to(place)
+        out = empty.new_empty(len(self.index), *self.features.shape[modality])
+        for start, clips in self.features.blocks(modality, self.index):
+            out[start:start + len(clips)] = torch.from_numpy(clips)
         return out
 
     def __len__(self) -> int:
@@ -366,7 +469,7 @@ class Batches:
             yield from self._read_ahead(batches)
 
     def _read(self, batch: torch.Tensor) -> dict:
-        """This process's clips of a batch (B,) of positions in the split, in their stored dtype; in page-locked memory
+        """This process's clips of a batch (B,) of positions in the split, in the dtypes read; in page-locked memory
         if they are bound for a GPU: only then does nobody wait for the copy."""
         rows = local_rows(batch)
         if self.source == "file":
@@ -441,30 +544,35 @@ def check(file: tyro.conf.Positional[str]) -> None:
     source = features.files[0]
     print(f"{file}: {FORMAT} {VERSION}, name {features.name}, {len(features)} clips, {len(features.classes)} classes")
     for name in features.modalities:
-        for clip in tqdm(range(len(features)), name, leave=False, disable=not sys.stderr.isatty()):
-            if not np.isfinite(source.read(name, [clip])).all():
-                raise InputError(f"{file}: dataset '{name}' has NaN or infinity in clip {clip}, expected finite values")
+        _check_values(features, name, "finite float32 values", np.isfinite)
     for name in source.events:
-        _check_range(source, f"events/{name}", 1)
+        _check_values(features, f"events/{name}", "0 or 1", lambda x: (x == 0) | (x == 1))
     if "mask" in source.h5:
-        _check_range(source, "mask", len(features.classes), besides=NOT_ANNOTATED)
+        most = len(features.classes)
+        _check_values(features, "mask", f"0..{most}", lambda x: (x >= 0) & (x <= most) | (x == NOT_ANNOTATED))
+
+    inside = []
 
     def show(name, item):
         if isinstance(item, h5py.Dataset):
-            print(f"  {name:16} {str(item.shape):26} {item.dtype}")
+            inside.append(f"  {name:16} {str(item.shape):26} {item.dtype}")
 
-    source.h5.visititems(show)
+    with source._explain("its datasets cannot be listed"):
+        source.h5.visititems(show)
+    print("\n".join(inside).encode(errors="replace").decode())
     sizes = ", ".join(f"{split} {len(features.clips(split))}" for split in SPLITS)
-    print(f"  {sizes}; one event at most in {len(features.single_event(np.arange(len(features))))} clips")
+    print(f"  {sizes}; one event at most in {len(features.single_event(np.arange(len(features))))} clips", flush=True)
 
 
-def _check_range(source: FeatureFile, name: str, largest: int, besides: int = 0) -> None:
-    """Every value of the dataset must lie in 0..`largest` or be `besides`."""
-    for clip in range(source.clips):
-        values = source.read(name, [clip])
-        wrong = values[(values < 0) | (values > largest) & (values != besides)]
-        if len(wrong):
-            raise InputError(f"{source.path}: dataset '{name}' holds {wrong[0]} in clip {clip}, not 0..{largest}")
+def _check_values(features: Features, name: str, expected: str, fits) -> None:
+    """Every value of the dataset must fit."""
+    with tqdm(total=len(features), desc=name, leave=False, disable=not sys.stderr.isatty()) as bar:
+        for start, values in features.blocks(name, np.arange(len(features))):
+            wrong = np.argwhere(~fits(values))
+            if len(wrong):
+                raise InputError(f"{features.files[0].path}: dataset {name!r} holds {values[tuple(wrong[0])]} in clip "
+                                 f"{start + wrong[0][0]}, expected {expected}")
+            bar.update(len(values))
 
 
 def compose(name: tyro.conf.Positional[Literal[tuple(EMBEDDED)]], out: str,
@@ -488,4 +596,5 @@ def compose(name: tyro.conf.Positional[Literal[tuple(EMBEDDED)]], out: str,
 
 if __name__ == "__main__":
     sys.excepthook = explain_input_errors
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the HDF5 library never returns from some damaged files
     tyro.extras.subcommand_cli_from_dict({"check": check, "compose": compose}, description=__doc__)

@@ -12,8 +12,9 @@ chosen with test labels (what the released scripts do: `python -m official.proto
 import hashlib
 import importlib
 import itertools
-import json
 import math
+import os
+import signal
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ import tyro
 
 from data import NOT_ANNOTATED, Features
 from pictures import SHARE, show_codebook, table  # noqa: F401: scripts take them from here
-from run import RANK, InputError, explain_input_errors, first_line, pick_device, require_shape
+from run import RANK, InputError, explain_input_errors, first_line, pick_device, require_shape, write_json
 
 SCRIPTS = ("uni_code", "micu", "codaar", "benchmarks.comparators")  # the only modules that a checkpoint may name
 DEFAULT_TASKS = ("classification", "open_set")  # as far as the clips allow
@@ -833,7 +834,9 @@ def check_segmentation(plan: Plan) -> None:
                  "modality of maps whose cells divide them, and two other modalities to ask with")
     ((plan.seen, plan.cell),) = found.items()
     for name in ("train", "test"):
-        plan.require(len(plan.labelled[name]), f"no labelled {name} clips, --tasks segmentation needs some")
+        part = plan.labelled[name]
+        drawn = ((mask != NOT_ANNOTATED).all((2, 3)).any() for _, mask in part.features.blocks("mask", part.index))
+        plan.require(any(drawn), f"no labelled {name} clips with an annotated frame, --tasks segmentation needs some")
 
 
 def frames(part: Clips, seen: str, rows):
@@ -916,10 +919,10 @@ def segmentation(plan: Plan) -> dict:
     for (a, b, name), batches in iou.items():
         value = torch.cat(batches)
         figures = {name: value.nanmean().item()}
-        if several.any():
+        if value[several].isfinite().any():
             figures[f"several_{name}"] = value[several].nanmean().item()
         if name == "miou":
-            figures["f_score"] = torch.cat(curves[a, b]).mean(0).max().item()
+            figures["f_score"] = torch.cat(curves[a, b]).mean(0).max().nan_to_num().item()
         tags |= plan.tags("segmentation", a, b, figures)
     return tags
 
@@ -958,10 +961,17 @@ def open_run(paths: tuple, target: tuple, out: str | None, load=load):
         raise InputError("give a run folder")
     if out and not Path(out).resolve().parent.is_dir():
         raise InputError(f"{out}: the folder does not exist")
+    if out and (Path(out).is_dir() or not os.access(Path(out).resolve().parent, os.W_OK)):
+        raise InputError(f"{out}: cannot be written")
     loaded = load(paths[0])
-    args = loaded[1]
+    args, shape = loaded[1:3]
     source = Features(paths[1:] or args.data, args.runs_dir)
-    return loaded, source, Features(target, args.runs_dir) if target else None
+    other = Features(target, args.runs_dir) if target else None
+    for side in (source, other or source):
+        for m in shape:
+            if m in side.modalities:
+                side.require(m)  # now, not in the middle of a probe
+    return loaded, source, other
 
 
 def write_codes(out: str, model, encode, features: Features, shape: dict, codebook_size: int, device) -> None:
@@ -985,9 +995,9 @@ def write_codes(out: str, model, encode, features: Features, shape: dict, codebo
 
 def report(tags: dict, out: str | None) -> None:
     """Print the table and write all figures to the JSON file `out`, if there is one."""
+    print(table(tags, SCORES), flush=True)
     if out:
-        Path(out).write_text(json.dumps(tags, indent=1) + "\n")
-    print(table(tags, SCORES))
+        write_json(Path(out), tags)
 
 
 def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[TASKS], ...] = (),
@@ -1020,4 +1030,5 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[T
 
 if __name__ == "__main__":
     sys.excepthook = explain_input_errors
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the HDF5 library never returns from some damaged files
     tyro.cli(main)

@@ -8,12 +8,16 @@ import ctypes
 import json
 import math
 import os
+import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, make_dataclass
 from datetime import timedelta
 from functools import partial
@@ -26,7 +30,9 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+RANK, WORLD_SIZE = 0, 1
+if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:  # as torchrun sets them; a scheduler has its own ranks
+    RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # What may differ from the run that is resumed: where it goes on and how far, not how it trains and logs.
 FREE = ("resume", "max_steps", "epochs", "data", "device", "runs_dir", "features_on", "compile")
 
@@ -37,24 +43,38 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """What an exception says, in one line that a terminal can show."""
+    if isinstance(error, pickle.UnpicklingError):  # torch would tell how to let the file run code
+        return "damaged, or it holds more than numbers and text"
+    return "".join(filter(str.isprintable, (str(error).splitlines() or [type(error).__name__])[0]))
 
 
-def explain_input_errors(kind, error, traceback):
-    """A `sys.excepthook`: an InputError ends the program with one line on stderr and exit code 2, no traceback."""
+def note(text: str) -> None:
+    """Something that the user may want to know, on stderr."""
+    if RANK == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def explain_input_errors(kind, error, traceback, go_on=str):
+    """A `sys.excepthook`: an InputError, or a disk that takes no more, ends the program with one line on stderr and
+    exit code 2, no traceback. `go_on()` says how to continue after it."""
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)
+    if issubclass(kind, BrokenPipeError):  # `| head` has read enough
+        os._exit(0)
     if WORLD_SIZE > 1 and issubclass(kind, RuntimeError) and re.search("gloo|nccl|connection", str(error), re.I):
         print(f"error: process {RANK} lost another one ({first_line(error)}); --resume goes on from its checkpoint",
               file=sys.__stderr__, flush=True)
         os._exit(2)  # the others cannot be waited for
     if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         error = InputError(f"{first_line(error)}; try a smaller --batch-size, or --features-on file")
+    if isinstance(error, OSError) and re.search("No space|Read-only|quota|Permission|too large", str(error)):
+        error = InputError(f"a file cannot be written ({first_line(error)}){go_on()}")
     if not isinstance(error, InputError):
         return sys.__excepthook__(kind, error, traceback)
-    print(f"error: {error}", file=sys.__stderr__)  # torch.distributed catches what a hook writes to sys.stderr
-    sys.exit(2)
+    print(end="", flush=True)
+    print(f"error: {error}", file=sys.__stderr__, flush=True)  # torch.distributed catches a hook's sys.stderr
+    os._exit(2)  # without clearing up: HDF5 may crash if it ends before the datasets that a traceback holds
 
 
 def require_shape(name: str, tensor, shape: tuple) -> None:
@@ -65,15 +85,15 @@ def require_shape(name: str, tensor, shape: tuple) -> None:
 
 # --------------------------------------------------------------------------------------------------- machine and files
 def pick_device(name: str) -> torch.device:
-    """`auto` or a torch device name -> device. Raises InputError if it does not exist here."""
+    """`auto` or a torch device name -> device. Raises InputError if it does not exist here, or lacks float64."""
     if WORLD_SIZE > 1 and name.startswith("cuda:"):
         raise InputError(f"--device {name}: of several processes each takes its own GPU; give --device cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device, dtype=torch.double).item()  # in which probes count; Apple's MPS has none
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise InputError(f"--device {name}: not available here ({first_line(error)}); try --device auto")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -96,18 +116,35 @@ def peak_memory_mb(device: torch.device):
 
 
 def write_atomically(path: Path, save) -> None:
-    """`save(temporary path)`, then rename: a program killed at any point leaves the old file or the whole new one."""
+    """`save(binary stream)`, then rename: a program killed at any point leaves the old file or the whole new one."""
     temporary = path.with_suffix(".tmp")
     try:
-        save(temporary)
+        with open(temporary, "wb") as stream:
+            save(stream)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def finite(value):
+    """Nested dicts with None for numbers that are not finite, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value) -> None:
-    """`write_atomically` of a value as JSON"""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
+    write_atomically(path, lambda stream: stream.write(json.dumps(finite(value), indent=1).encode()))
+
+
+def log_lines(path: Path) -> list:
+    """The lines of a metrics.jsonl as dicts, but for what a kill or a full disk left of one."""
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            lines += [line] if isinstance(line, dict) and isinstance(line.get("step"), int) else []
+    return lines
 
 
 def git_commit() -> str:
@@ -242,11 +279,17 @@ class Run:
 
     def __init__(self, method: str, args, **limits):
         sys.excepthook = explain_input_errors
-        self.method, self.saved, self.signals, self.exit_code = method, None, [], 0
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training: the HDF5 library never returns from some files
+        self.method, self.saved, self.folder, self.signals, self.exit_code = method, None, None, [], 0
         self.started_at = time.perf_counter()
+        if WORLD_SIZE == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but there is no MASTER_ADDR to meet at: start "
+                             "with torchrun, or unset WORLD_SIZE")
         if args.resume is not None:
             args, self.saved = resumed(method, args)
         check_numbers(args, **limits)
+        if not args.runs_dir:
+            raise InputError("--runs-dir is empty; . is the current folder")
         self.args, self.device = args, pick_device(args.device)
         if WORLD_SIZE > 1:
             patience = timedelta(days=1)  # while the first process hashes the data or probes
@@ -272,9 +315,9 @@ class Run:
             self._load(self.saved, f"{self.args.resume}/checkpoint.pt")
         if RANK:
             torch.manual_seed(self.args.seed + 1_000_003 * RANK + self.step)  # dropout differs between processes
-        self.folder = all_gather_object(self._open_folder() if RANK == 0 else None)[0]
-        script = f"-m {self.method}" if "." in self.method else f"{self.method}.py"  # a module of a folder, or a file
-        self.resume_command = f"python {script} --resume {self.folder}"
+        if RANK == 0:
+            self._open_folder()
+        self.folder = all_gather_object(self.folder)[0]
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         return self.step
@@ -293,37 +336,44 @@ class Run:
             self.step, self.seconds = saved["step"], self.seconds | saved["seconds"]
             commits = [*saved["resumed_at"], self.provenance["git"]]
             self.provenance |= {"git": saved["git"], "resumed_at": commits}
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[-1].strip()
+        except Exception as error:  # of the last line: torch begins with where it was
+            reason = first_line(type(error)(*str(error).splitlines()[-1:]))
             raise InputError(f"{path} does not fit these settings or this kind of device: {reason}")
 
-    def _open_folder(self) -> Path:
+    def _open_folder(self) -> None:
         """A new folder, or the one to resume: its log loses the lines that were written after the checkpoint."""
         stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 1000 % 1_000_000:06d}"  # to the microsecond
-        data_name = re.sub(r"[^\w.-]", "-", self.data_name)
+        data_name = re.sub(r"[^\w.-]", "-", self.data_name)[:100]
         name = f"{self.method}__{data_name}__{self.args.seed}__{stamp}"
-        folder = Path(self.args.resume or Path(self.args.runs_dir) / name)
-        if self.saved:
-            (folder / "results.json").unlink(missing_ok=True)  # of fewer epochs
+        self.folder = Path(self.args.resume or Path(self.args.runs_dir) / name)
         try:
-            folder.mkdir(parents=True, exist_ok=bool(self.args.resume))
+            self.folder.mkdir(parents=True, exist_ok=bool(self.args.resume))
         except OSError as error:
             raise InputError(f"--runs-dir {self.args.runs_dir}: cannot be written ({error.strerror})")
-        write_json(folder / "args.json", asdict(self.args))
-        self.log_file = folder / "metrics.jsonl"
-        lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
-        kept = [f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        *_, self.logged = {}, *(json.loads(line) for line in kept if "losses/total" in line)
-        write_atomically(self.log_file, lambda temporary: temporary.write_text("".join(kept)))
-        self.writer = SummaryWriter(str(folder), purge_step=self.step + 1 if self.saved else None)
-        return folder
+        sys.excepthook = partial(explain_input_errors, go_on=self._go_on)
+        threading.excepthook = lambda error: None  # TensorBoard's thread hands its errors on
+        for old in (*self.folder.glob("*.tmp"), self.folder / "results.json"):  # of a kill, of fewer epochs
+            old.unlink(missing_ok=True)
+        write_json(self.folder / "args.json", asdict(self.args))
+        self.log_file = self.folder / "metrics.jsonl"
+        lines = [line for line in log_lines(self.log_file) if line["step"] <= self.step]
+        *_, self.logged = {}, *(line for line in lines if "losses/total" in line)
+        self.probed = {line["step"] for line in lines if any(tag.startswith("eval/") for tag in line)}
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        write_atomically(self.log_file, lambda stream: stream.write(text.encode()))
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1 if self.saved else None)
+
+    def _go_on(self) -> str:
+        """How to continue the run, if it has a checkpoint"""
+        if not (self.folder / "checkpoint.pt").exists():
+            return "; there is no checkpoint yet"
+        program = ["-m", self.method] if "." in self.method else [sys.argv[0]]  # of a folder, or a file
+        return f"; continue with: {shlex.join(['python', *program, '--resume', str(self.folder)])}"
 
     def _on_signal(self, number, frame) -> None:
         """The first signal ends the run after this step; a second one, or one after training, at once."""
         if self.signals and WORLD_SIZE == 1 or self.step == self.num_steps:
-            saved = (self.folder / "checkpoint.pt").exists()
-            print(f"stopped at once, the last checkpoint stays; continue with: {self.resume_command}" if saved else
-                  "stopped at once, before the first checkpoint")
+            print(f"stopped at once{self._go_on()}")
             sys.exit(128 + number)
         self.signals.append(number)
 
@@ -332,7 +382,7 @@ class Run:
         self.epoch_steps, self.num_steps = len(batches), self.args.epochs * len(batches)
         self.logged_seconds, self.logged_step = self.seconds["train"], self.step
         self.evaluate = evaluate
-        hidden = not sys.stdout.isatty() or RANK > 0
+        hidden = not (sys.stdout and sys.stdout.isatty()) or RANK > 0
         with tqdm(total=self.num_steps, initial=self.step, desc=self.method, disable=hidden, dynamic_ncols=True) as bar:
             self.bar, self.clock = bar, time.perf_counter()
             self._probe(self.step)
@@ -370,15 +420,15 @@ class Run:
 
     def _require_finite(self, values: dict) -> None:
         if not all(map(math.isfinite, values.values())):
-            last = self.folder / "checkpoint.pt"
             found = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if "codebook" not in name)
-            raise InputError(f"not finite at step {self.step}: {found}; last good checkpoint: {last}"
-                             f"{'' if last.exists() else ' (none yet)'}; try a smaller --learning-rate, and "
+            last = self.folder / "checkpoint.pt"
+            raise InputError(f"not finite at step {self.step}: {found}; last good checkpoint: "
+                             f"{last if last.exists() else 'none yet'}; try a smaller --learning-rate, and "
                              "python data.py check on the data")
 
     def _write(self, step: int, tags: dict) -> None:
         with open(self.log_file, "a") as stream:
-            stream.write(json.dumps({"step": step, **tags}) + "\n")
+            stream.write(json.dumps({"step": step, **finite(tags)}) + "\n")
         for tag, value in tags.items():
             self.writer.add_scalar(tag, value, step)
 
@@ -398,15 +448,14 @@ class Run:
                 write_atomically(self.folder / "checkpoint.pt", partial(torch.save, self._state()))
         self._probe(step)
         if stop and RANK == 0:
-            print(f"stopped after step {step} of {self.num_steps}, checkpoint saved; continue with: "
-                  f"{self.resume_command}")
+            print(f"stopped after step {step} of {self.num_steps}, checkpoint saved{self._go_on()}")
         return stop
 
     def _probe(self, step: int) -> None:
         """Log the tags of the probes if --eval-every asks for them, unless that was done before a kill."""
         every = self.args.eval_every * self.epoch_steps
         if RANK == 0 and every and step % every == 0 and 0 < step < self.num_steps:
-            if f'{{"step": {step}, "eval/' not in self.log_file.read_text():
+            if step not in self.probed:
                 self._count_time("train")
                 self._write(step, self.evaluate())
                 self._count_time("probe")
@@ -420,12 +469,20 @@ class Run:
                 "epoch": self.step // self.epoch_steps, "rng": rng, "seconds": self.seconds, **self.provenance,
                 **{name: owner.state_dict() for name, owner in self.stateful.items()}}
 
-    def finish(self, step: int, tags: dict, warnings: list) -> None:
-        """Log the tags of the final probes and write results.json, with lines about what was not learned."""
-        self._write(step, tags)
+    def finish(self, step: int, tags: dict, warnings: list, table: str, show) -> None:
+        """Write results.json, with lines about what was not learned, and print the table of the final probes. Then what
+        nobody has to have: `show()` draws pictures."""
         self._count_time("probe")
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        if step not in self.probed:  # and killed before now
+            self._write(step, tags)
         write_json(self.folder / "results.json", {
             "method": self.method, "data": self.data_name, **self.provenance, "seed": self.args.seed,
             "args": asdict(self.args), "torch": torch.__version__, "device": name, "seconds": self.seconds,
             "steps": step, "peak_memory_mb": peak_memory_mb(self.device), "warnings": warnings, "metrics": tags})
+        print("\n".join([table, *warnings, f"run folder: {self.folder}"]), flush=True)
+        try:
+            show()
+            self.writer.close()
+        except Exception as error:
+            note(f"{self.folder}: pictures are missing ({first_line(error)})")

@@ -111,7 +111,7 @@ class FadingSegmentProbe(nn.Module):
 
 def origins(features: Features) -> list:
     """Which data set each file says it comes from."""
-    return [file.h5.attrs.get("source") for file in features.files]
+    return [file.source for file in features.files]
 
 
 def evaluate(plan: Plan, model, encode, codebook_size: int, paper: dict) -> dict:

@@ -110,6 +110,21 @@ def finished_run(script: str, cwd, data: str, modalities: tuple, options: str, b
                            results=read_results(run), metrics=read_metrics(run))
 
 
+POSIX = ("preadv", "pread", "pwrite", "pwritev", "sysconf", "fork", "register_at_fork", "getuid", "uname", "mkfifo",
+         "posix_fadvise", "posix_fallocate", "sched_getaffinity", "statvfs", "chown", "killpg", "nice", "wait4")
+
+
+def hide_posix(monkeypatch) -> None:
+    """What only Linux and macOS have goes: modules, names of `os` and `signal`. Paths stay, for they are objects."""
+    for module in ("resource", "fcntl", "pwd", "grp", "termios"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in POSIX:
+        monkeypatch.delattr(os, name, raising=False)
+    for name in ("SIGHUP", "SIGKILL", "SIGALRM", "SIGUSR1", "SIGPIPE", "alarm", "setitimer", "pthread_sigmask"):
+        monkeypatch.delattr(signal, name, raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+
+
 def run_folder(cwd) -> Path:
     """The one run folder below `cwd`/runs."""
     (folder,) = Path(cwd, "runs").glob("*__*__*__*")

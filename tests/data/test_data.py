@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import data
-from conftest import captured_here, edit, run_here
+from conftest import captured_here, edit, hide_posix, run_here
 from data import Batches, FeatureFile, Features, InputError
 
 N, T = 24, 3  # clips and segments of the generic file; its splits are 0, 0, 1, 2, repeated
@@ -64,7 +64,7 @@ def test_modalities_that_no_network_can_be_named_after(tmp_path, name):
 
 def test_a_valid_file(valid):
     file = FeatureFile(valid)
-    assert file.modalities == ["audio", "video", "touch"]  # the known ones first, in their order
+    assert list(file.modalities) == ["audio", "video", "touch"]  # the known ones first, in their order
     assert (file.clips, file.segments, file.classes) == (N, T, ["a", "b", "c", "d"])
     features = Features([valid])
     assert features.shape == {"audio": (T, 4), "video": (T, 5, 6, 8), "touch": (T, 2)}
@@ -74,6 +74,7 @@ def test_a_valid_file(valid):
         for name in ("audio", "video", "mask", "events/audio"):
             values = features.read(name, index)
             assert values.dtype == h5[name].dtype and np.array_equal(values, h5[name][:][index])
+        assert np.array_equal(features.read("touch", index), h5["touch"][:][index].astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["label", "events", "mask", "group", "classes", "touch", "video"])
@@ -108,7 +109,7 @@ def audio(**values):
     ({"mask": np.zeros((N, T + 1, 2, 2), "u1")}, "mask", f"{T + 1}", f"{T}"),
     ({"events": np.zeros((N, T, 4), "u1")}, "events", "", ""),
     ({"classes": np.arange(4)}, "classes", "int64", "str"),
-    ({"split": 0}, "split", "()", "(N,)"),
+    ({"split": 0}, "split", "()", f"({N},)"),
     ({"split": np.full(N, 3, "u1")}, "split", "3", "0 train, 1 val, 2 test"),
     ({"events__audio": np.zeros((N, T, 3), "u1")}, "events/audio", f"({N}, {T}, 3)", f"({N}, {T}, 4)"),
     ({"events__audio": np.zeros((N, T), "u1")}, "events/audio", f"({N}, {T})", f"({N}, {T}, 4)"),
@@ -117,7 +118,7 @@ def audio(**values):
 ])
 def test_schema_errors_name_file_dataset_found_and_expected(valid, tmp_path, changes, dataset, found, expected):
     path = edit(valid, tmp_path / "broken.h5", **changes)
-    message = error_of(lambda: Features([path]))
+    message = error_of(lambda: Features([path]).shapes())
     assert path in message and dataset in message and found in message and expected in message
 
 
@@ -131,7 +132,7 @@ def test_wrong_format_or_version(valid, tmp_path, attributes, found):
             if value is not None:
                 h5.attrs[name] = value
     message = error_of(lambda: FeatureFile(path))
-    assert path in message and found in message and "cmg-features 1" in message
+    assert path in message and found in message and "expected ('cmg-features', 1)" in message
 
 
 def test_missing_unreadable_and_truncated_files(valid, tmp_path):
@@ -147,38 +148,38 @@ def test_missing_unreadable_and_truncated_files(valid, tmp_path):
 
 def test_a_dataset_that_h5py_cannot_represent(valid, tmp_path):
     """NumPy has no HDF5 times, a link may lead nowhere, a name may be no UTF-8, a dataset may hold nothing at all."""
-    path = edit(valid, tmp_path / "odd.h5", audio=None, label=None, classes=None)
+    path = edit(valid, tmp_path / "odd.h5", audio=None)
     with h5py.File(path, "r+") as h5:
         h5py.h5d.create(h5.id, b"audio", h5py.h5t.UNIX_D32LE, h5py.h5s.create_simple((N, T, 4)))
-    assert f"{path}: dataset 'audio' cannot be read" in error_of(lambda: FeatureFile(path))
+    assert f"{path}: dataset 'audio' cannot be read" in error_of(Features([path]).shapes)
     for number, value in enumerate((h5py.SoftLink("/nowhere"), h5py.ExternalLink("absent.h5", "/audio"))):
         broken = edit(valid, tmp_path / f"{number}.h5", touch=value)
-        assert f"{broken}: dataset 'touch' is missing" in error_of(lambda: FeatureFile(broken))
-    empty = edit(valid, tmp_path / "empty.h5", audio=h5py.Empty("f4"), label=h5py.Empty("i4"))
-    assert "'audio' has shape None" in error_of(lambda: FeatureFile(empty))
+        assert f"{broken}: dataset 'touch' is missing" in error_of(Features([broken]).shapes)
+        assert list(Features([broken]).shapes(("audio", "video"))) == ["audio", "video"]
+    empty = edit(valid, tmp_path / "empty.h5", audio=h5py.Empty("f4"))
+    assert "'audio' has shape None" in error_of(Features([empty]).shapes)
     empty = edit(valid, tmp_path / "empty_label.h5", label=h5py.Empty("i4"))
     assert "'label' has shape None" in error_of(lambda: FeatureFile(empty))
     classes = edit(valid, tmp_path / "classes.h5", classes=np.array([b"a", b"b", b"c", b"\xff"]))
     assert f"{classes}: dataset 'classes' cannot be read" in error_of(lambda: FeatureFile(classes))
 
 
-def test_a_file_is_closed_with_its_object(valid):
-    opened = FeatureFile(valid)
-    descriptor = opened.raw
-    assert os.path.samestat(os.fstat(descriptor), os.stat(valid))
-    del opened
-    gc.collect()
-    with pytest.raises(OSError):
-        os.fstat(descriptor)
+def test_what_is_no_modality_is_left_alone(valid, tmp_path):
+    """Notes of other programs, as groups, text and numbers of a clip; but nothing that could be features."""
+    path = edit(valid, tmp_path / "notes.h5", notes__fps=np.zeros(3), fps=np.full(N, 25.0), names=["somebody"] * N)
+    assert Features([path]).modalities == ["audio", "video", "touch"]
+    wrong = edit(valid, tmp_path / "wrong.h5", smell=np.zeros((N, T, 4), int))
+    assert "dataset 'smell' has dtype int64" in error_of(Features([wrong]).shapes)
 
 
-def test_a_group_among_the_modalities(valid, tmp_path):
-    path = edit(valid, tmp_path / "group.h5", smell__inner=np.zeros(3))
-    message = error_of(lambda: FeatureFile(path))
-    assert path in message and "smell" in message
+def test_a_modality_that_nobody_wants_may_hold_anything(valid, tmp_path):
+    path = edit(valid, tmp_path / "spoilt.h5", video=np.full((N, T, 5, 6, 8), np.nan, np.float32))
+    features = Features([path])
+    assert list(features.shapes(("audio", "touch"))) == ["audio", "touch"]
+    assert "'video' has NaN" in error_of(features.shapes) == error_of(lambda: features.read("video", [0]))
 
 
-@pytest.mark.parametrize("read", [lambda path: Features([path]), data.check])
+@pytest.mark.parametrize("read", [lambda path: Features([path]).shapes(), data.check])
 def test_a_corrupt_chunk(tmp_path, read, capsys):
     path = write(tmp_path / "corrupt.h5", compression=4)
     with h5py.File(path) as h5:
@@ -199,7 +200,7 @@ def test_check_reads_every_value(valid, tmp_path, value, capsys):
     assert path in message and "'audio'" in message and f"clip {clip}" in message and "finite" in message
 
 
-@pytest.mark.parametrize("name, value, allowed", [("events__audio", 2, "0..1"), ("events__audio", 255, "0..1"),
+@pytest.mark.parametrize("name, value, allowed", [("events__audio", 2, "0 or 1"), ("events__audio", 255, "0 or 1"),
                                                   ("mask", 5, "0..4"), ("mask", 254, "0..4")])
 def test_check_knows_the_range_of_events_and_masks(valid, tmp_path, name, value, allowed):
     with h5py.File(valid) as h5:
@@ -207,7 +208,7 @@ def test_check_knows_the_range_of_events_and_masks(valid, tmp_path, name, value,
     values[7, 1, ..., 2] = value
     path = edit(valid, tmp_path / "range.h5", **{name: values})
     message = error_of(lambda: data.check(path))
-    assert f"{path}: dataset '{name.replace('__', '/')}' holds {value} in clip 7, not {allowed}" in message
+    assert f"{path}: dataset '{name.replace('__', '/')}' holds {value} in clip 7, expected {allowed}" in message
     if name == "mask":
         values[7] = 255  # nobody drew this one
         data.check(edit(valid, tmp_path / "unknown.h5", mask=values))
@@ -225,9 +226,15 @@ def test_check_prints_what_is_inside(valid, capsys):
 
 def test_several_files_must_fit_together(valid, tmp_path):
     wide = edit(valid, tmp_path / "wide.h5", audio=np.zeros((N, T, 5), "f4"))
-    assert "wide.h5" in error_of(lambda: Features([valid, wide]))
-    classes = edit(valid, tmp_path / "classes.h5", classes=["a", "b", "c", "e"])
-    assert "classes.h5" in error_of(lambda: Features([valid, classes]))
+    assert f"{wide}: dataset 'audio' has clips of shape ({T}, 5), those of {valid} are ({T}, 4)" == error_of(
+        Features([valid, wide]).shapes)
+    assert list(Features([valid, wide]).shapes(("video", "touch"))) == ["video", "touch"]
+    for classes, differ in (("abce", "d, e"), ("bacd", "their order")):
+        other = edit(valid, tmp_path / f"{classes}.h5", classes=list(classes))
+        assert f"{other}: classes differ from those of {valid}: {differ}" == error_of(lambda: Features([valid, other]))
+    again = tmp_path / "link.h5"
+    again.symlink_to(valid)
+    assert error_of(lambda: Features([valid, again])) == f"{again}: this file is given twice"
     assert Features([valid, edit(valid, tmp_path / "no_touch.h5", touch=None)]).modalities == ["audio", "video"]
 
 
@@ -357,13 +364,13 @@ def test_chunked_and_compressed_files(valid, tmp_path, source, storage):
     assert_same_batches(batches(path, source).epoch(1), batches(valid, source).epoch(1))
 
 
-def test_files_of_two_dtypes_keep_the_wider_one(valid, tmp_path):
+def test_files_of_two_dtypes_keep_the_wider_one_as_far_as_training_sees_it(valid, tmp_path):
     with h5py.File(valid) as h5:
-        audio, train = h5["audio"][:].astype(np.float64) + 2.0**-40, h5["split"][:] == 0  # nothing narrower holds it
+        audio, train = h5["audio"][:].astype(np.float64) + 2.0**-12, h5["split"][:] == 0  # float16 holds few of these
     paths = [valid, edit(valid, tmp_path / "wide.h5", audio=audio)]
     resident, streamed = batches(paths, "memory"), batches(paths, "file")
-    assert resident.resident["audio"].dtype == torch.float64 and resident.resident["video"].dtype != torch.float64
-    assert np.array_equal(resident.resident["audio"][-12:], audio[train])
+    assert resident.resident["audio"].dtype == torch.float32
+    assert np.array_equal(resident.resident["audio"][-12:], audio[train].astype(np.float32))
     assert_same_batches(resident.epoch(1), streamed.epoch(1))
 
 
@@ -371,29 +378,49 @@ def test_no_file_at_all():
     assert "no feature file given" in error_of(lambda: Features([]))
 
 
-@pytest.mark.parametrize("storage", [{}, {"compression": 1}])
-def test_a_system_without_the_calls_of_posix(valid, tmp_path, monkeypatch, storage):
-    """Windows has neither `os.preadv` nor `os.sysconf`."""
-    path = write(tmp_path / "posix.h5", **storage)
-    expected = list(batches(path, "file").epoch(1))
-    monkeypatch.delattr(os, "preadv")
-    monkeypatch.delattr(os, "sysconf")
-    assert_same_batches(batches(path, "file").epoch(1), expected)
-    assert batches(path, "auto").source == "memory"
-    assert data.physical_memory() == 8 << 30
-    monkeypatch.setattr(data, "physical_memory", lambda: 1000)
-    assert batches(path, "auto").source == "file"
-    epoch = batches(path, "file", batch_size=1).epoch(0)
-    next(epoch)
-    os.truncate(path, 2048)
-    assert "cannot be read" in error_of(lambda: list(epoch))
+def system(monkeypatch, root, available: int, **files) -> None:
+    """A machine with so many bytes available, and other files of its system below `root`: `a__b` is a/b."""
+    files = {"proc__meminfo": f"MemTotal: 99999999 kB\nMemAvailable:  {available // 1024} kB\n"} | files
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(data, "SYSTEM", root)
 
 
-def test_the_source_follows_the_free_memory(valid, monkeypatch):
+GB = 1 << 30
+V2 = {"proc__self__cgroup": "0::/job/step\n", "sys__fs__cgroup__memory.max": "max\n",
+      "sys__fs__cgroup__job__memory.max": f"{2 * GB}\n",
+      "sys__fs__cgroup__job__memory.stat": f"anon {GB // 2}\nfile 77\ninactive_anon 5\n"}
+V1 = {"proc__self__cgroup": "4:cpu:/\n3:memory:/of/the/host\n",
+      "sys__fs__cgroup__memory__memory.limit_in_bytes": f"{GB}\n",
+      "sys__fs__cgroup__memory__memory.stat": f"cache 5\nrss 7\ntotal_rss {GB // 4}\n"}
+
+
+@pytest.mark.parametrize("files, available, expected", [
+    ({}, 3 * GB, 3 * GB), (V2, 3 * GB, 3 * GB // 2), (V2, GB, GB), (V1, 3 * GB, 3 * GB // 4),
+    ({"proc__self__cgroup": "nonsense"}, GB, GB)], ids=["no limit", "cluster", "full machine", "container", "other"])
+def test_memory_is_what_the_machine_and_the_container_leave(tmp_path, monkeypatch, files, available, expected):
+    system(monkeypatch, tmp_path, available, **files)
+    assert data.available_memory() == expected
+
+
+def test_the_source_follows_the_memory_that_is_left(valid, tmp_path, monkeypatch):
     assert batches(valid, "auto").source == "memory"
-    monkeypatch.setattr(os, "sysconf", lambda name: 10)
+    limit = {"sys__fs__cgroup__memory__memory.limit_in_bytes": f"{GB // 4 + 9000}\n"}  # 9000 bytes are left
+    system(monkeypatch, tmp_path, 4 * GB, **V1 | limit)
     assert batches(valid, "auto").source == "file"
     assert_same_batches(batches(valid, "auto").epoch(0), batches(valid, "memory").epoch(0))
+
+
+def test_a_system_without_the_names_of_posix(valid, tmp_path, monkeypatch):
+    """Windows has neither these nor /proc."""
+    expected = list(batches(valid, "file").epoch(1))
+    hide_posix(monkeypatch)
+    monkeypatch.setattr(data, "SYSTEM", tmp_path)
+    assert data.available_memory() == 8 << 30
+    assert batches(valid, "auto").source == "memory"
+    assert_same_batches(batches(valid, "file").epoch(1), expected)
 
 
 def test_batches_reject_what_cannot_work(valid, tmp_path):

@@ -204,6 +204,27 @@ def test_x_retrieval_learns_from_one_and_asks_with_another(toy, monkeypatch):
     assert ranks(wrong)["r1"] < 0.3 and ranks(wrong)["same_r10"] == 1
 
 
+@pytest.mark.parametrize("unknown, refused", [
+    (lambda split: split >= 0, "train"), (lambda split: split == 2, "test"), (lambda split: split == 0, "train")])
+def test_segmentation_without_an_annotated_frame_is_refused_before_training(tmp_path, unknown, refused):
+    def change(h5, split):
+        h5["mask"][:] = np.where(unknown(split)[:, None, None, None], 255, h5["mask"][:])
+    with pytest.raises(InputError, match=f"no labelled {refused} clips with an annotated frame"):
+        ask(write_toy(tmp_path / "unknown.h5", change), "segmentation")
+
+
+def test_segmentation_says_nothing_of_what_has_no_annotation(tmp_path, monkeypatch):
+    """No clip of several events is annotated, and no frame has anything drawn: no figure is nan."""
+    monkeypatch.setattr(probes, "MASK_EPOCHS", 1)
+
+    def change(h5, split):
+        for clip in np.flatnonzero(split == 2):
+            h5["mask"][clip] = 255 if h5["events/video"][clip].any(0).sum() > 1 else 0
+    tags = ask(write_toy(tmp_path / "empty.h5", change), "segmentation")
+    assert not [name for name, value in tags.items() if not math.isfinite(value) or "several" in name]
+    assert tags["segmentation/a2t/f_score"] == 0
+
+
 def test_segmentation_needs_the_query(tmp_path, toy, monkeypatch):
     """Where two digits are in the picture, only the query tells which is meant."""
     monkeypatch.setattr(probes, "MASK_EPOCHS", 150)
