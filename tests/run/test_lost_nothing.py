@@ -278,7 +278,7 @@ def test_what_torch_says_about_unsafe_files_is_not_passed_on(here, interrupted):
 @pytest.mark.parametrize("out", [".", "absent/a.json"])
 def test_figures_that_cannot_be_written_are_told_before_probing(here, interrupted, out, monkeypatch):  # noqa: F811
     monkeypatch.setattr(probes, "load", pytest.fail)
-    with pytest.raises(InputError, match=f"^--out {out}: "):
+    with pytest.raises(InputError, match=f"^{out}: "):
         run_here("probes.py", interrupted, "--out", out)
 
 
