@@ -177,7 +177,7 @@ def test_each_score_has_its_own_threshold_and_figures(file):
             for name in ("hos", "hos_source", "auroc"):
                 shown = tags[f"open_set_3/{way}/{name}"]
                 assert all(other[f"open_set_3/{way}/{name}_{score}"] == shown for _, other in found.values())
-            outcome = plan.outcomes["open_set_3", *{"a2t": ("audio", "text"), "t2a": ("text", "audio")}[way]]
+            outcome = plan.outcomes[("open_set_3", *{"a2t": ("audio", "text"), "t2a": ("text", "audio")}[way])]
             threshold = outcome.thresholds["hos"][score].item()
             want = probes.open_set_metrics(outcome.scores[score], outcome.prediction, outcome.label, KNOWN, threshold)
             for name, value in want.items():
