@@ -61,8 +61,8 @@ def seen_dtype(stored: np.dtype) -> np.dtype:
 class FeatureFile:
     """One `cmg-features` file of N = `clips` clips and T = `segments` segments; `split` and `label` are (N,).
 
-    A modality is validated when it is first asked for, so that one nobody wants may hold anything; all else at opening.
-    Raises InputError for whatever is wrong: the file, the dataset, what was found and what was expected.
+    A modality is validated when it is first asked for (one nobody wants may hold anything), all else at opening. Raises
+    InputError for whatever is wrong: the file, the dataset, what was found and what was expected.
     """
 
     def __init__(self, path: str):
@@ -71,7 +71,7 @@ class FeatureFile:
         if not os.path.isfile(self.path):
             raise InputError(f"{self.path}: no such file; give a cmg-features file, or 'digits' or 'watch' "
                              "for an embedded set")
-        with self._explain("not a readable HDF5 file"):
+        with self._explain("the HDF5 file"):
             self.h5 = h5py.File(self.path, "r", locking="best-effort")  # not every disk of a cluster has locks
         found = self.attribute("format"), self.attribute("version")
         if found != (FORMAT, VERSION):
@@ -97,7 +97,7 @@ class FeatureFile:
 
     @contextmanager
     def _explain(self, what: str):
-        """Whatever h5py raises meanwhile becomes an InputError of one line: what cannot be done, why, what helps."""
+        """Whatever h5py raises meanwhile becomes an InputError of one line: what cannot be read, why, what helps."""
         try:
             yield
         except InputError:
@@ -105,17 +105,14 @@ class FeatureFile:
         except Exception as error:
             reason = first_line(error)
             advice = next(text for words, text in HELP.items() if re.search(words, reason))
-            raise InputError(f"{self.path}: {what} ({reason}); {advice}")
-
-    def _reading(self, name: str):
-        return self._explain(f"dataset {name!r} cannot be read")
+            raise InputError(f"{self.path}: {what} cannot be read ({reason}); {advice}")
 
     def _fail(self, name: str, found: str, expected: str):
         raise InputError(f"{self.path}: dataset {name!r} has {found}, expected {expected}")
 
     def attribute(self, name: str):
         """A root attribute, str or int, or None if it is not there."""
-        with self._explain(f"attribute '{name}' cannot be read"):
+        with self._explain(f"attribute '{name}'"):
             value = self.h5.attrs.get(name)
             if isinstance(value, np.ndarray) and value.size == 1:
                 value = value.reshape(-1)[0]
@@ -129,8 +126,8 @@ class FeatureFile:
 
     def _require(self, name: str, kinds: str, words: str, *shapes: tuple, sparse: bool = True) -> h5py.Dataset:
         """Dataset `name`, which must be written: its dtype must be of one of the NumPy `kinds`, in `words`, its shape
-        one of `shapes`, in which a letter stands for any length. `sparse`: chunks may be left out, being all zero."""
-        with self._reading(name):
+        one of `shapes`, in which a letter stands for any length but 0. `sparse`: chunks may be missing, being zero."""
+        with self._explain(f"dataset {name!r}"):
             data = self.h5.get(name)
             dtype = getattr(data, "dtype", None)  # NumPy may not know it
         if data is None:
@@ -140,12 +137,12 @@ class FeatureFile:
         if dtype.kind not in kinds or dtype.kind == "f" and dtype.itemsize > 8:
             self._fail(name, f"dtype {dtype}", words)
         for shape in shapes:
-            fits = [isinstance(want, str) or have == want for have, want in zip(data.shape or (), shape)]
+            fits = [have > 0 if isinstance(want, str) else have == want for have, want in zip(data.shape or (), shape)]
             if data.ndim == len(shape) and all(fits):
                 break
         else:
             self._fail(name, f"shape {data.shape}", " or ".join(map(str, shapes)).replace("'", ""))
-        with self._reading(name):
+        with self._explain(f"dataset {name!r}"):
             self._require_written(self.h5[name], sparse)  # a copy: HDF5 crashes at the end if such questions are kept
         return data
 
@@ -173,7 +170,7 @@ class FeatureFile:
     def _list_modalities(self) -> dict:
         """{name: (T, d) or (T, H, W, d), if valid} of what is called like a modality or has three axes of numbers"""
         found = {}
-        with self._explain("its datasets cannot be listed"):
+        with self._explain("the list of datasets"):
             for name in sorted(self.h5, key=lambda name: (*MODALITY_ORDER, name).index(name)):
                 data, dtype = None, np.dtype("f4")
                 with suppress(Exception):  # of the many that h5py has; `modality` says what is wrong
@@ -195,8 +192,6 @@ class FeatureFile:
                              sparse=False)
         if data.shape[:2] != (self.clips, self.segments):
             self._fail(name, f"N, T = {data.shape[:2]}", f"{(self.clips, self.segments)} as elsewhere in the file")
-        if 0 in data.shape[1:]:
-            self._fail(name, f"shape {data.shape}", "(N, T, d) or (N, T, H, W, d), none of them 0")
         h, w, d = data.shape[2:] if data.ndim == 5 else (1, 1, 1)
         if w == d != h or d > 1 and h >= 8 * max(w, d):
             self._fail(name, f"shape {data.shape}, which looks like (N, T, d, H, W)", "(N, T, H, W, d)")
@@ -215,7 +210,7 @@ class FeatureFile:
 
     def _words(self, name: str, length, errors: str = "strict") -> list:
         data = self._require(name, "OS", "str", (length,))
-        with self._reading(name):
+        with self._explain(f"dataset {name!r}"):
             return list(data.asstr(errors=errors)[:])
 
     def _check_classes(self) -> None:
@@ -228,7 +223,7 @@ class FeatureFile:
             self._fail("label", f"values {self.label.min()}..{self.label.max()}", f"-1..{len(self.classes) - 1}, C - 1")
 
     def _list_events(self) -> list:
-        with self._reading("events"):
+        with self._explain("dataset 'events'"):
             events = self.h5.get("events") if "events" in self.h5 else {}
             names = [] if isinstance(events, h5py.Dataset) else list(events)
         if isinstance(events, h5py.Dataset):
@@ -238,33 +233,44 @@ class FeatureFile:
         return names
 
     def read(self, name: str, index: np.ndarray) -> np.ndarray:
-        """Clips `index` of a dataset, (len(index), ...), as everything sees them (`seen_dtype`): HDF5 itself turns what
-        is stored into it, whatever its byte order or kind. Raises InputError if it cannot be read."""
+        """Clips `index` of a dataset, (len(index), ...), as everything sees them (`seen_dtype`). Raises InputError."""
         data = self.modality(name) if name in self.modalities else self.h5[name]
         return self._read(data, name, np.asarray(index))
 
     def _read(self, data: h5py.Dataset, name: str, index: np.ndarray) -> np.ndarray:
-        with self._reading(name):
+        with self._explain(f"dataset {name!r}"):
             size = os.path.getsize(data.file.filename)
             if size < self.sizes.setdefault(data.file.filename, size):
                 raise OSError("the file has become shorter")  # HDF5 itself would fill up with zeros
             unsigned = data.dtype == np.uint64  # which int64 holds bit by bit, while HDF5 would clip it
             out = np.empty((len(index), *data.shape[1:]), np.uint64 if unsigned else seen_dtype(data.dtype))
-            space, start = data.id.get_space(), 0
-            for stop in (*(np.flatnonzero(np.diff(index) != 1) + 1), len(index)):  # neighbours are read together
-                if start < stop:
-                    space.select_hyperslab((int(index[start]), *(0,) * (data.ndim - 1)), out[start:stop].shape)
-                    data.id.read(h5py.h5s.create_simple(out[start:stop].shape), space, out[start:stop])
-                start = stop
+            same = data.id.get_type() == h5py.h5t.py_create(out.dtype) and data.file.filename == self.path
+            offset = data.id.get_offset() if same else None
+            if offset is None:
+                self._convert(data, index, out)
+            else:  # in one piece and as in memory: past HDF5 it is read twice as fast
+                with open(self.path, "rb", buffering=0) as stream:
+                    for i, clip in enumerate(index):
+                        stream.seek(offset + int(clip) * out[i:i + 1].nbytes)
+                        if stream.readinto(out[i:i + 1]) < out[i:i + 1].nbytes:
+                            raise OSError("the file ends early")
         return out.view(np.int64) if unsigned else out
+
+    def _convert(self, data: h5py.Dataset, index: np.ndarray, out: np.ndarray) -> None:
+        """Fill `out` from what is stored, whatever its kind or byte order; neighbours are read together."""
+        space, start = data.id.get_space(), 0
+        for stop in (*(np.flatnonzero(np.diff(index) != 1) + 1), len(index)):
+            if start < stop:
+                space.select_hyperslab((int(index[start]), *(0,) * (data.ndim - 1)), out[start:stop].shape)
+                data.id.read(h5py.h5s.create_simple(out[start:stop].shape), space, out[start:stop])
+            start = stop
 
 
 class Features:
     """One or several files as one set of clips: the union of their clips, the modalities that all of them hold.
 
     Each of `paths` is a `cmg-features` file or the name of an embedded set, which is made on first use and kept in
-    `runs_dir`. Raises InputError if a file is not valid or the files do not fit together.
-    """
+    `runs_dir`. Raises InputError if a file is not valid or the files do not fit together."""
 
     def __init__(self, paths: list, runs_dir: str = "runs"):
         self.files = [FeatureFile(path) for path in data_files(paths, runs_dir)]
@@ -286,19 +292,17 @@ class Features:
     def _notice_leaks(self) -> None:
         first, twice = {}, []  # {id: the file and the split in which it comes first}
         for file in self.files:
-            twice += [name for name, split in zip(file.id, file.split.tolist())
-                      if first.setdefault(name, (file, split)) != (file, split)]
+            for name, split in zip(file.id, file.split.tolist()):
+                twice += [name] if first.setdefault(name, (file, split)) != (file, split) else []
         if twice:
-            note(f"{self.files[0].path}: {len(twice)} clips have the id of a clip in another split or file, such as "
-                 f"{twice[0]!r}")
+            note(f"{self.files[0].path}: {len(twice)} clips, such as {twice[0]!r}, are in two splits or files")
 
     def require(self, modality: str) -> None:
         """Raises InputError unless every file holds this modality, valid and of one shape."""
         for file in self.files:
             shape = file.modality(modality).shape[1:]
             if shape != self.shape[modality]:
-                raise InputError(f"{file.path}: dataset {modality!r} has clips of shape {shape}, those of "
-                                 f"{self.files[0].path} are {self.shape[modality]}")
+                raise InputError(f"{file.path}: clips of {modality!r} are {shape}, before {self.shape[modality]}")
 
     def __len__(self) -> int:
         return len(self.split)
@@ -551,21 +555,17 @@ def check(file: tyro.conf.Positional[str]) -> None:
         most = len(features.classes)
         _check_values(features, "mask", f"0..{most}", lambda x: (x >= 0) & (x <= most) | (x == NOT_ANNOTATED))
 
-    inside = []
-
-    def show(name, item):
-        if isinstance(item, h5py.Dataset):
-            inside.append(f"  {name:16} {str(item.shape):26} {item.dtype}")
-
-    with source._explain("its datasets cannot be listed"):
-        source.h5.visititems(show)
-    print("\n".join(inside).encode(errors="replace").decode())
+    lines, names = [], []
+    with source._explain("the list of datasets"):
+        source.h5.visit(names.append)
+        for name, item in zip(names, map(source.h5.get, names)):
+            lines += [f"  {name:16} {str(item.shape):26} {item.dtype}"] if isinstance(item, h5py.Dataset) else []
+    print("\n".join(lines).encode(errors="replace").decode())
     sizes = ", ".join(f"{split} {len(features.clips(split))}" for split in SPLITS)
     print(f"  {sizes}; one event at most in {len(features.single_event(np.arange(len(features))))} clips", flush=True)
 
 
 def _check_values(features: Features, name: str, expected: str, fits) -> None:
-    """Every value of the dataset must fit."""
     with tqdm(total=len(features), desc=name, leave=False, disable=not sys.stderr.isatty()) as bar:
         for start, values in features.blocks(name, np.arange(len(features))):
             wrong = np.argwhere(~fits(values))

@@ -32,7 +32,7 @@ import tyro
 
 from data import NOT_ANNOTATED, Features
 from pictures import SHARE, show_codebook, table  # noqa: F401: scripts take them from here
-from run import RANK, InputError, explain_input_errors, first_line, pick_device, require_shape, write_json
+from run import RANK, InputError, explain_input_errors, first_line, note, pick_device, require_shape, write_json
 
 SCRIPTS = ("uni_code", "micu", "codaar", "benchmarks.comparators")  # the only modules that a checkpoint may name
 DEFAULT_TASKS = ("classification", "open_set")  # as far as the clips allow
@@ -459,7 +459,9 @@ class Plan:
         wanted = tasks or DEFAULT_TASKS
         self.require(set(wanted) <= set(TASKS), f"--tasks {' '.join(tasks)}: expected some of {' '.join(TASKS)}")
         apart = self.source.classes and not self.classes
-        self.require(not apart or not BY_CLASS & set(wanted), "no class in common; --class-map renames the target's")
+        ours, theirs = (", ".join(side.classes[:3]) for side in (self.source, self.target))
+        self.require(not apart or not BY_CLASS & set(wanted), f"no class in common, such as {ours} there and {theirs} "
+                     "here; --class-map renames the target's")
         self.known = known_sets(known, self.classes) if "open_set" in wanted else {}
         self.tasks = {}  # {task: its probe}
         for task, (check, probe) in PROBES.items():
@@ -569,8 +571,10 @@ def check_classification(plan: Plan) -> None:
 
 
 def check_open_set(plan: Plan) -> None:
-    plan.require(plan.known, "--tasks open_set needs two classes")
+    plan.require(plan.known, f"open_set needs two classes, found {' '.join(plan.classes) or 'none'}")
     for entry, classes in plan.known.items():
+        if len(classes) == 1 and plan.score == "softmax":
+            note(f"--known {entry}: of a single known class softmax is always sure; try --score logit")
         for name, part in plan.with_known(classes).items():
             known, words = part.label < len(classes), f"labelled {name} clips with one event, --known {entry}"
             plan.require(known.any() or name == "same", f"no known classes among the {words}")

@@ -90,6 +90,15 @@ def test_every_stored_float_is_what_training_sees(tmp_path, dtype, source, capsy
     assert np.array_equal(features.read("audio", [20, 3, 4, 5, 3]), expected[[20, 3, 4, 5, 3]])
 
 
+def test_a_file_whose_hdf5_begins_later(tmp_path):
+    """Other programs may put a block of their own in front."""
+    with h5py.File(write(tmp_path / "plain.h5")) as plain, h5py.File(tmp_path / "block.h5", "w", userblock_size=512) as h5:
+        h5.attrs.update(plain.attrs)
+        for name in plain:
+            plain.copy(name, h5)
+    assert np.array_equal(Features([tmp_path / "block.h5"]).read("audio", [7, 2]), AUDIO[[7, 2]])
+
+
 def test_whole_numbers_of_every_kind(tmp_path):
     """Groups as large as a hash stay apart; torch has no arithmetic for some of these types."""
     group = np.arange(N, dtype=np.uint64) // 2 + np.uint64(2**63 + 2**60)
@@ -260,7 +269,7 @@ def test_clips_of_two_splits_and_chunks_of_many_clips_are_noticed(tmp_path, caps
                  id=[f"clip {i // 2}" for i in range(N)])
     features = Features([path])
     assert capsys.readouterr().err == (
-        f"note: {path}: 6 clips have the id of a clip in another split or file, such as 'clip 1'\n")
+        f"note: {path}: 6 clips, such as 'clip 1', are in two splits or files\n")
     Batches(features, ["audio", "video"], "train", 4, "cpu", 0, "file")
     assert "for a clip of audio its chunk of 12 clips is read, every time" in capsys.readouterr().err
     Batches(features, ["audio", "video"], "train", 4, "cpu", 0, "memory")

@@ -429,7 +429,7 @@ def test_nothing_is_chosen_by_the_labels_of_the_target(side, monkeypatch):
 def test_no_class_in_common(tmp_path, toy, tasks):
     label = np.arange(36) % 2
     other = write_side(tmp_path / "other.h5", "text", ["a", "b"], {"a": 1, "b": 2}, label, np.arange(36) % 3)
-    with pytest.raises(InputError, match="no class in common.*--class-map"):
+    with pytest.raises(InputError, match="no class in common, such as one.*--class-map"):
         go(toy, other, *tasks)
 
 
