@@ -73,6 +73,7 @@ class FeatureFile:
                              "for an embedded set")
         with self._explain("the HDF5 file"):
             self.h5 = h5py.File(self.path, "r", locking="best-effort")  # not every disk of a cluster has locks
+            self.names = [name if isinstance(name, str) else repr(name) for name in self.h5]
         found = self.attribute("format"), self.attribute("version")
         if found != (FORMAT, VERSION):
             raise InputError(f"{self.path}: format and version are {found}, expected {(FORMAT, VERSION)}")
@@ -86,12 +87,12 @@ class FeatureFile:
         self.modalities = self._list_modalities()
         lengths = [shape[0] for shape in self.modalities.values() if len(shape) in (2, 4)]
         self.segments = (lengths or [0])[0]  # as the first modality has it
-        self.classes = self._words("classes", "C") if "classes" in self.h5 else []
+        self.classes = self._words("classes", "C") if "classes" in self.names else []
         self.label = self._integers("label", -1)
         self._check_classes()
-        if "group" in self.h5:
+        if "group" in self.names:
             self._require("group", "iu", "integers", (self.clips,))
-        if "mask" in self.h5:
+        if "mask" in self.names:
             self._require("mask", "iu", "integers", (self.clips, self.segments, "h", "w"))
         self.events = self._list_events()
 
@@ -170,16 +171,15 @@ class FeatureFile:
     def _list_modalities(self) -> dict:
         """{name: (T, d) or (T, H, W, d), if valid} of what is called like a modality or has three axes of numbers"""
         found = {}
-        with self._explain("the list of datasets"):
-            for name in sorted(self.h5, key=lambda name: (*MODALITY_ORDER, name).index(name)):
-                data, dtype = None, np.dtype("f4")
-                with suppress(Exception):  # of the many that h5py has; `modality` says what is wrong
-                    data = self.h5.get(name)
-                    dtype = getattr(data, "dtype", dtype)
-                shape = getattr(data, "shape", None) or ()
-                features = data is None or len(shape) > 2 and dtype.kind not in "OSV"
-                if name in MODALITY_ORDER or name not in NOT_MODALITIES and features:
-                    found[name] = tuple(shape[1:])
+        for name in sorted(self.names, key=lambda name: (*MODALITY_ORDER, name).index(name)):
+            data, dtype = None, np.dtype("f4")
+            with suppress(Exception):  # of the many that h5py has; `modality` says what is wrong
+                data = self.h5.get(name)
+                dtype = getattr(data, "dtype", dtype)
+            shape = getattr(data, "shape", None) or ()
+            features = data is None or len(shape) > 2 and dtype.kind not in "OSV"
+            if name in MODALITY_ORDER or name not in NOT_MODALITIES and features:
+                found[name] = tuple(shape[1:])
         if not found:
             raise InputError(f"{self.path}: no modality inside, expected datasets such as 'audio' or 'video'")
         return found
@@ -204,7 +204,7 @@ class FeatureFile:
 
     def _integers(self, name: str, default: int) -> np.ndarray:
         """(N,) of a dataset; without it `default`"""
-        if name not in self.h5:
+        if name not in self.names:
             return np.full(self.clips, default)
         return self._read(self._require(name, "iu", "integers", (self.clips,)), name, np.arange(self.clips))
 
@@ -224,7 +224,7 @@ class FeatureFile:
 
     def _list_events(self) -> list:
         with self._explain("dataset 'events'"):
-            events = self.h5.get("events") if "events" in self.h5 else {}
+            events = self.h5.get("events") if "events" in self.names else {}
             names = [] if isinstance(events, h5py.Dataset) else list(events)
         if isinstance(events, h5py.Dataset):
             raise InputError(f"{self.path}: 'events' is a dataset, expected a group with one dataset per modality")
@@ -551,7 +551,7 @@ def check(file: tyro.conf.Positional[str]) -> None:
         _check_values(features, name, "finite float32 values", np.isfinite)
     for name in source.events:
         _check_values(features, f"events/{name}", "0 or 1", lambda x: (x == 0) | (x == 1))
-    if "mask" in source.h5:
+    if "mask" in source.names:
         most = len(features.classes)
         _check_values(features, "mask", f"0..{most}", lambda x: (x >= 0) & (x <= most) | (x == NOT_ANNOTATED))
 

@@ -710,7 +710,7 @@ def localization(plan: Plan) -> dict:
 # ---------------------------------------------------------------------------------------------------- tasks: retrieval
 def groups(features: Features, clips):
     """What is one item for retrieval: the group of each clip, told apart by file; without groups the clip itself."""
-    if not all("group" in file.h5 for file in features.files):
+    if not all("group" in file.names for file in features.files):
         return torch.from_numpy(clips)
     pairs = np.stack([np.searchsorted(features.starts, clips, side="right"), features.read("group", clips)])
     return torch.from_numpy(np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1))
@@ -828,7 +828,7 @@ class QueryDecoder(nn.Module):
 
 def check_segmentation(plan: Plan) -> None:
     """Sets `plan.seen`, the modality of maps, and `plan.cell`, how many pixels of a mask [p, q] one of its cells is."""
-    sizes = {f.h5["mask"].shape[2:] if "mask" in f.h5 else () for f in plan.source.files + plan.target.files}
+    sizes = {f.h5["mask"].shape[2:] if "mask" in f.names else () for f in plan.source.files + plan.target.files}
     size, found = np.array(max(sizes)), {}
     for m in plan.both:
         cells = plan.source.shape[m][1:-1]  # (H, W) of maps

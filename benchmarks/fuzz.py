@@ -61,7 +61,7 @@ def read_features(path: Path) -> None:
     features = Features([str(path)])
     features.shapes()
     for name in ("audio", "video", "group", "mask", "events/audio"):
-        if name in features.files[0].h5:
+        if name in (*features.files[0].names, *(f"events/{m}" for m in features.files[0].events)):
             features.read(name, np.array([3, 1]))
     data.check(str(path))
 
