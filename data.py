@@ -127,7 +127,7 @@ class FeatureFile:
 
     def _require(self, name: str, kinds: str, words: str, *shapes: tuple, sparse: bool = True) -> h5py.Dataset:
         """Dataset `name`, which must be written: its dtype must be of one of the NumPy `kinds`, in `words`, its shape
-        one of `shapes`, in which a letter stands for any length but 0. `sparse`: chunks may be missing, being zero."""
+        one of `shapes`: N or C are any length, other letters any but 0. `sparse`: chunks may be missing, being zero."""
         with self._explain(f"dataset {name!r}"):
             data = self.h5.get(name)
             dtype = getattr(data, "dtype", None)  # NumPy may not know it
@@ -138,7 +138,8 @@ class FeatureFile:
         if dtype.kind not in kinds or dtype.kind == "f" and dtype.itemsize > 8:
             self._fail(name, f"dtype {dtype}", words)
         for shape in shapes:
-            fits = [have > 0 if isinstance(want, str) else have == want for have, want in zip(data.shape or (), shape)]
+            fits = [have == want or want in ("N", "C") or have > 0 and isinstance(want, str)
+                    for have, want in zip(data.shape or (), shape)]
             if data.ndim == len(shape) and all(fits):
                 break
         else:
@@ -203,7 +204,6 @@ class FeatureFile:
         return self.valid.setdefault(name, data)
 
     def _integers(self, name: str, default: int) -> np.ndarray:
-        """(N,) of a dataset; without it `default`"""
         if name not in self.names:
             return np.full(self.clips, default)
         return self._read(self._require(name, "iu", "integers", (self.clips,)), name, np.arange(self.clips))

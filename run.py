@@ -8,7 +8,6 @@ import ctypes
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -44,7 +43,7 @@ class InputError(ValueError):
 
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line that a terminal can show."""
-    if isinstance(error, pickle.UnpicklingError):  # torch would tell how to let the file run code
+    if "weights_only" in str(error):  # torch tells how to let the file run code
         return "damaged, or it holds more than numbers and text"
     return "".join(filter(str.isprintable, (str(error).splitlines() or [type(error).__name__])[0]))
 
