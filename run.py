@@ -67,6 +67,8 @@ def explain_input_errors(kind, error, traceback, go_on=str):
         os._exit(2)  # the others cannot be waited for
     if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         error = InputError(f"{first_line(error)}; try a smaller --batch-size, or --features-on file")
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        error = error.__context__  # what the disk said, which torch.save hides
     if isinstance(error, OSError) and re.search("No space|Read-only|quota|Permission|too large", str(error)):
         error = InputError(f"a file cannot be written ({first_line(error)}){go_on()}")
     if not isinstance(error, InputError):
