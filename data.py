@@ -216,7 +216,7 @@ class FeatureFile:
     def _check_classes(self) -> None:
         for name, times in Counter(self.classes).items():
             if times > 1:
-                self._fail("classes", f"the name {name!r} {times} times", "distinct names")
+                self._fail("classes", f"the name {name!r} twice", "distinct names")
         if (self.label >= 0).any() and not self.classes:
             raise InputError(f"{self.path}: dataset 'classes' is missing, the names of the labels")
         if not np.isin(self.label, np.arange(-1, len(self.classes))).all():

@@ -123,9 +123,9 @@ def test_no_label_of_the_target_sets_a_threshold_or_a_prediction(tmp_path, file)
 
 def test_no_test_clip_sets_a_threshold(tmp_path, file):
     def replaced(h5):
-        rng, test = np.random.default_rng(9), h5["split"][:] == 2
+        rng, test = np.random.default_rng(9), np.flatnonzero(h5["split"][:] == 2)
         for m in SHAPE:
-            h5[m][test] = rng.integers(0, SIZE, (test.sum(), T, 1)).astype("f4")
+            h5[m][test] = rng.integers(0, SIZE, (len(test), T, 1)).astype("f4")
 
     (a, first), (b, second) = ask(file), ask(write_pairs(tmp_path / "other.h5", change=replaced))
     assert first != second and thresholds_of(a) == thresholds_of(b)
