@@ -83,7 +83,7 @@ WRITES = 2 + 4 + 2 + 2 + 1  # args.json, the log as it was; lines of losses, of 
 
 
 @pytest.mark.parametrize("number", [
-    n if n in (1, 7, WRITES) else pytest.param(n, marks=pytest.mark.slow) for n in range(1, WRITES + 2)])
+    n if n == 7 else pytest.param(n, marks=pytest.mark.slow) for n in range(1, WRITES + 2)])
 def test_a_disk_that_is_full_at_any_write(whole, here, tiny, number, monkeypatch):  # noqa: F811
     """What is there stays good, and a resumed run ends as if nothing had been."""
     disk = Disk(number)
@@ -252,9 +252,9 @@ def test_a_run_and_its_data_may_move(here, interrupted):  # noqa: F811
 
 
 @pytest.mark.parametrize("rest", [
-    b"\0\0}\n", b'{"step": 1, "losses/total": 0.5, "los',
+    b"\0\0}\n", pytest.param(b'{"step": 1, "losses/total": 0.5, "los', marks=pytest.mark.slow),
     b"\xff\xfe{}\n[]\nnull\n" + b"[" * 9999 + b'\n{"step": "x", "a": 1}\n',
-    b'{"step": 1' + b"0" * 9999 + b', "a": 1}\n'], ids=["zeros", "half a line", "nonsense", "a huge number"])
+    pytest.param(b'{"step": 1' + b"0" * 9999 + b', "a": 1}\n', marks=pytest.mark.slow)], ids=["zeros", "half a line", "nonsense", "a huge number"])
 def test_a_log_that_a_kill_left_half_written(here, interrupted, rest):  # noqa: F811
     log, before = interrupted / "metrics.jsonl", b'{"step": 2, "losses/total": 0.5}\n'
     log.write_bytes(before + rest)
