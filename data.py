@@ -2,6 +2,7 @@
 
     python data.py check FILE                     validate a file completely and print what is inside
     python data.py compose digits --out FILE      write an embedded set, digits or watch, into a file
+    python data.py drop FILE --out NEW            leave out the clips in which a modality is missing
 
 A file holds N clips of T segments. Each modality is a dataset (N, T, d) or (N, T, H, W, d) named after it; `split` (N,)
 is 0 train, 1 val, 2 test; `id` (N,), `classes` (C,), and optionally `label` (N,), `events/<modality>` (N, T, C),
@@ -46,6 +47,7 @@ HELP = {  # words in what h5py says, as far as it is about something else than a
     "allocate": "that is more memory than there is; is the file whole?",
     "": "is the file whole? copy it again"}
 SYSTEM = Path("/")  # where Linux says how much memory there is
+FINITE = "finite float32 values; python data.py drop FILE --out NEW leaves such clips out"
 EMBEDDED = {"digits": digits, "watch": watch}
 
 
@@ -200,8 +202,14 @@ class FeatureFile:
             raise InputError(f"{self.path}: rename dataset {name!r}: no dots, no name that PyTorch uses")
         sample = np.unique(np.linspace(0, self.clips - 1, min(16, self.clips)).astype(int))
         if not np.isfinite(self._read(data, name, sample)).all():
-            self._fail(name, "NaN or infinity", "finite float32 values (python data.py check FILE says where)")
+            self._fail(name, f"NaN or infinity in {self.missing(name).sum()} of {self.clips} clips", FINITE)
         return self.valid.setdefault(name, data)
+
+    def missing(self, name: str) -> np.ndarray:
+        """In which clips a modality holds NaN or infinity, as where there is none of it: (N,) bool"""
+        data = self._require(name, "f", "float16, float32 or float64", ("N", "T", "d"), ("N", "T", "H", "W", "d"))
+        clips = (self._read(data, name, np.array([i])) for i in range(self.clips))
+        return np.array([not np.isfinite(clip).all() for clip in clips])
 
     def _integers(self, name: str, default: int) -> np.ndarray:
         if name not in self.names:
@@ -548,7 +556,7 @@ def check(file: tyro.conf.Positional[str]) -> None:
     source = features.files[0]
     print(f"{file}: {FORMAT} {VERSION}, name {features.name}, {len(features)} clips, {len(features.classes)} classes")
     for name in features.modalities:
-        _check_values(features, name, "finite float32 values", np.isfinite)
+        _check_values(features, name, FINITE, np.isfinite)
     for name in source.events:
         _check_values(features, f"events/{name}", "0 or 1", lambda x: (x == 0) | (x == 1))
     if "mask" in source.names:
@@ -575,6 +583,28 @@ def _check_values(features: Features, name: str, expected: str, fits) -> None:
             bar.update(len(values))
 
 
+def drop(file: tyro.conf.Positional[str], out: str) -> None:
+    """Write FILE to NEW without the clips in which a modality is missing: those that hold NaN or infinity."""
+    source = FeatureFile(file)
+    gone = {name: source.missing(name) for name in source.modalities}
+    keep = np.flatnonzero(~np.any(list(gone.values()), 0))
+    if os.path.exists(out):
+        raise InputError(f"--out {out}: is there already")
+    try:
+        with h5py.File(out, "w") as h5:
+            h5.attrs.update(source.h5.attrs)
+            for name in (*source.names - {"events"}, *(f"events/{name}" for name in source.events)):
+                data = source.h5[name]
+                rows = np.arange(len(data)) if name == "classes" else keep
+                new = h5.create_dataset(name, (len(rows), *data.shape[1:]), data.dtype)
+                for i, row in enumerate(rows):
+                    new[i] = data[row]
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({first_line(error)})")
+    print(f"{out}: {len(keep)} of {source.clips} clips; left out for want of",
+          ", ".join(f"{name} {clips.sum()}" for name, clips in gone.items()))
+
+
 def compose(name: tyro.conf.Positional[Literal[tuple(EMBEDDED)]], out: str,
             sizes: tuple[int, int, int] | None = None, seed: int | None = None) -> None:
     """Write the embedded set NAME into the file OUT. Of digits, --sizes are the clips to train on, to validate and to
@@ -597,4 +627,4 @@ def compose(name: tyro.conf.Positional[Literal[tuple(EMBEDDED)]], out: str,
 if __name__ == "__main__":
     sys.excepthook = explain_input_errors
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the HDF5 library never returns from some damaged files
-    tyro.extras.subcommand_cli_from_dict({"check": check, "compose": compose}, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict({"check": check, "compose": compose, "drop": drop}, description=__doc__)

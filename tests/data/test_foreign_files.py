@@ -322,3 +322,32 @@ def test_ctrl_c_ends_what_is_endless_inside_a_library(tmp_path):
             assert process.stdout.readline() == b"opening\n"
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == -signal.SIGINT and process.stderr.read() == b""
+
+
+# ----------------------------------------------------------------------------------------------------- missing modalities
+def test_clips_without_a_modality_are_counted_and_can_be_left_out(tmp_path, monkeypatch, capsys):
+    """Two clips have no audio, one of them and a third no video."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    with h5py.File("holes.h5", "w") as h5:
+        h5.attrs.update(format="cmg-features", version=1, name="holes")
+        audio, video = rng.standard_normal((8, 3, 4)).astype("f2"), rng.standard_normal((8, 3, 2, 2, 5))
+        audio[[0, 5]], video[5], video[7, 1, 0, 1, 2] = np.nan, np.nan, np.inf
+        h5["audio"], h5["video"] = audio, video
+        h5["id"], h5["classes"] = [f"clip {i}" for i in range(8)], ["a", "b"]
+        h5["label"], h5["split"], h5["events/audio"] = np.arange(8) % 2, np.arange(8) // 3, np.ones((8, 3, 2), "u1")
+    for action in (lambda: data.check("holes.h5"), lambda: Features(["holes.h5"]).shapes()):
+        with pytest.raises(InputError, match="'audio' has NaN or infinity in 2 of 8 clips.*data.py drop FILE"):
+            action()
+    data.drop("holes.h5", "whole.h5")
+    assert "5 of 8 clips; left out for want of audio 2, video 2" in capsys.readouterr().out
+    data.check("whole.h5")
+    keep = [1, 2, 3, 4, 6]
+    with h5py.File("holes.h5") as old, h5py.File("whole.h5") as new:
+        assert list(new["classes"]) == list(old["classes"]) and dict(new.attrs) == dict(old.attrs)
+        for name in ("audio", "video", "id", "label", "split", "events/audio"):
+            assert new[name].dtype == old[name].dtype and np.array_equal(new[name][:], old[name][:][keep])
+    with pytest.raises(InputError, match="--out whole.h5: is there already"):
+        data.drop("holes.h5", "whole.h5")
+    with pytest.raises(InputError, match="cannot be written"):
+        data.drop("holes.h5", "absent/whole.h5")
