@@ -21,12 +21,14 @@ def functions(tree, prefix: str = "") -> dict:
     """{dotted name: node} of every function and class of a module, in order; of two of one name the first."""
     found = {}
     for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.expr):  # holds no definitions
+            continue
+        inside = prefix
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-            name = prefix + node.name
-            found.setdefault(name, node)
-            found = functions(node, f"{name}.") | found
-        else:
-            found = functions(node, prefix) | found
+            found.setdefault(prefix + node.name, node)
+            inside = f"{prefix}{node.name}."
+        for name, deeper in functions(node, inside).items():
+            found.setdefault(name, deeper)
     return found
 
 

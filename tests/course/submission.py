@@ -23,7 +23,7 @@ class Submission:
     def __init__(self, path, limit: float = 20.0):
         self.path, self.limit = Path(path).resolve(), limit
         self.process, self.broken, self.hung = None, None, set()
-        self.printed = tempfile.TemporaryFile()
+        self.printed = tempfile.TemporaryFile("a+b")
 
     def ask(self, request: dict, task: str = "") -> dict:
         self.start()
@@ -88,13 +88,13 @@ class Submission:
         return reply
 
     def exchange(self, message: dict, seconds: float) -> dict:
-        start = self.printed.seek(0, os.SEEK_END)
+        self.printed.truncate(0)  # it is opened to append, here and in the process
         try:
             worker.send(self.process.stdin, message)
         except OSError:  # it is gone already; `wait` says so
             pass
         reply = self.wait(seconds)
-        self.printed.seek(start)
+        self.printed.seek(0)
         reply["printed"] = self.printed.read().decode(errors="replace")[-500:]
         return reply
 
