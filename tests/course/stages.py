@@ -1,4 +1,4 @@
-"""The tasks of the course in stages, each with its points and what it compares: a student's answers against golden ones.
+"""The tasks of the course in stages, each with its points and what it compares: a student's answers with golden ones.
 
 Golden inputs and outputs are data, `golden.npz` and `golden.json`: calls, what comes out of a right solution, and what
 comes out of common mistakes, so that a failure can name the mistake.
@@ -105,7 +105,8 @@ STAGES = [
     Stage("cujp", "samples", 1, ("cujp/samples",), "out",
           "permutation has S columns: each vector is shown S times, and the mean is over all N * S"),
     Stage("cujp", "gradient", 2, ("cujp/mixed",), "grad/out/by/quantized/.*", "gradient flows into the parts in use"),
-    Stage("cujp", "head", 1, ("cujp/mixed",), r"grad/out/by/self/\w+\.bias", "hidden and classify learn, with a ReLU between"),
+    Stage("cujp", "head", 1, ("cujp/mixed",), r"grad/out/by/self/\w+\.bias",
+          "hidden and classify learn, with a ReLU between"),
     # ---- club
     Stage("club", "shape", 1, ("club/clips",), "out", SHAPE, shapes_only=True),
     Stage("club", "value", 4, ("club/clips",), "out",
@@ -119,7 +120,8 @@ STAGES = [
     Stage("cascade", "all", 4, ("cascade/usual",), "out/.*",
           "each later one becomes the mean of all as they are by then, those already replaced included"),
     Stage("cascade", "order", 2, ("cascade/other",), "out/.*", "`order` says which comes first"),
-    Stage("cascade", "inputs", 1, ("cascade/usual",), "kept/.*", "return a new dictionary; the codebooks given must stay"),
+    Stage("cascade", "inputs", 1, ("cascade/usual",), "kept/.*",
+          "return a new dictionary; the codebooks given must stay"),
     # ---- open_set
     Stage("open_set", "names", 1, ("open_set/usual",), "out/.*", "a dictionary of four numbers", shapes_only=True),
     Stage("open_set", "os_star", 2, ("open_set/usual",), "out/os_star",
@@ -129,7 +131,8 @@ STAGES = [
     Stage("open_set", "unk", 2, ("open_set/usual",), "out/unk",
           "share of the unknown clips (target >= num_known) that are rejected"),
     Stage("open_set", "hos", 2, ("open_set/usual",), "out/hos", "harmonic mean: 2 os* unk / (os* + unk)"),
-    Stage("open_set", "nothing", 2, ("open_set/no_unknown", "open_set/no_known"), "out/.*", "a share of nothing is 0, not NaN"),
+    Stage("open_set", "nothing", 2, ("open_set/no_unknown", "open_set/no_known"), "out/.*",
+          "a share of nothing is 0, not NaN"),
 ]
 TASKS = list(dict.fromkeys(stage.task for stage in STAGES))
 SHARED = ["nearest_code", "straight_through", "ema_update", "reset"]
@@ -138,7 +141,7 @@ TASKS_OF = {"micu": [*SHARED, "info_nce", "fcmi", "cujp"], "uni_code": [*SHARED,
 
 
 def kind(path) -> str:
-    """Which script a file is a copy of, read from its text, as it may not run: `probes` if it has SCRIPTS; "" unknown."""
+    """Which script a file is a copy of, read from its text, as it may not run; "" if nobody can tell."""
     text = Path(path).read_bytes().decode(errors="replace") if Path(path).is_file() else ""
     method = re.search(r"^METHOD *= *[\"'](micu|uni_code|codaar)[\"']", text, re.M)
     return method[1] if method else "probes" if re.search(r"^SCRIPTS *=", text, re.M) else ""
@@ -150,7 +153,7 @@ def stages_of(script: str) -> list:
 
 
 DERIVED = {"moved": "for each code whether it was reset", "sum_is_code": "for each code whether its sum is right",
-           "became": "for each code (-1 stayed, 1 reset as reset_source says, 2 to something else said, 0 to nothing said)"}
+           "became": "for each code (-1 stayed, 1 became what reset_source says, 2 of another source, 0 neither)"}
 
 
 # -------------------------------------------------------------------------------------------------------- golden data
@@ -278,7 +281,7 @@ def failure(stage: Stage, submission, script: str):
     for name in stage.calls:
         call = call_name(name, script)
         request = filled(golden()[1]["calls"][call])
-        reply = submission.ask(request, stage.task)
+        reply = submission.ask(call, request)
         printed = f"\nprinted: {reply['printed'].strip()}" if reply.get("printed", "").strip() else ""
         if reply.get("kind") == "NotImplementedError":
             return f"{reply['function']} is not written yet"

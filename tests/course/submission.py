@@ -15,30 +15,32 @@ START = 300.0  # seconds that a process may take to import PyTorch and the proje
 
 
 class Submission:
-    """`ask(request)` -> {"values": {key: tensor}, "returned": in words} or {"error": in words}.
+    """`ask(call, request)` -> {"values": {key: tensor}, "returned": in words} or {"error": in words}.
 
     An answer may take `limit` seconds, reading the file too. After a call that did not end, others of its task get a
-    quarter. The process is begun anew when it hangs or is gone; a file that cannot be read is not read twice."""
+    quarter. The process is begun anew when it hangs or is gone. What was asked, or read in vain, is not tried twice."""
 
     def __init__(self, path, limit: float = 20.0):
         self.path, self.limit = Path(path).resolve(), limit
-        self.process, self.broken, self.hung = None, None, set()
+        self.process, self.broken, self.hung, self.answers = None, None, set(), {}
         self.printed = tempfile.TemporaryFile("a+b")
 
-    def ask(self, request: dict, task: str = "") -> dict:
+    def ask(self, call: str, request: dict) -> dict:
+        """`call` is the task and a name, `fcmi/dot`."""
         self.start()
         if self.broken:
             return {"error": self.broken}
-        if task in self.hung:
-            return self.exchange(request, self.limit / 4)
-        reply = self.exchange(request, self.limit)
-        if reply.get("kind") == "timeout":
-            self.hung.add(task)
-        return reply
+        if call not in self.answers:
+            task = call.split("/")[0]
+            reply = self.exchange(request, self.limit / 4 if task in self.hung else self.limit)
+            if reply.get("kind") == "timeout":
+                self.hung.add(task)
+            self.answers[call] = reply
+        return self.answers[call]
 
     def load(self, path) -> None:
         """Go on with another file, in the same process if it still runs."""
-        self.path, self.broken, self.hung = Path(path).resolve(), None, set()
+        self.path, self.broken, self.hung, self.answers = Path(path).resolve(), None, set(), {}
         if self.process:
             self.read_file()
 

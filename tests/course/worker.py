@@ -47,7 +47,7 @@ def load(path: str):
 
 
 def flat(value, name: str) -> dict:
-    """{"name/key/0": tensor} of nested dictionaries, tuples and lists of tensors and numbers; other things are left out"""
+    """{"name/key/0": tensor} of nested dictionaries, tuples and lists of tensors and numbers; else nothing"""
     if isinstance(value, torch.Tensor):
         return {name: value}
     if isinstance(value, (bool, int, float)):
@@ -112,7 +112,7 @@ def gradients(outputs: dict, leaves: dict) -> dict:
 
 def answer(module, request: dict) -> dict:
     """Call what the request names -> {"values": {key: tensor}, "returned": in words}. Keys begin with `out` (what came
-    back), `flow` (whether gradient can flow into it), `grad`, `kept` (the arguments afterwards), `state` (the object)."""
+    back), `flow` (whether gradient can pass), `grad`, `kept` (the arguments afterwards), `state` (the object)."""
     owner, _, function = request["call"].rpartition(".")
     leaves, holder = {}, module
     if owner:

@@ -117,7 +117,8 @@ def other_calls(draw: Draw) -> dict:
     prediction = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 1, 0, 1, 1])
     target = torch.tensor([0, 0, 0, 0, 1, 1, 1, 3, 3, 3, 4, 4])  # 2 is known, and absent
     for name, chosen in (("usual", target), ("no_unknown", target % 3), ("no_known", target + 3)):
-        inputs = {"confidence": confidence, "prediction": prediction, "target": chosen, "num_known": 3, "threshold": 0.5}
+        inputs = {"confidence": confidence, "prediction": prediction, "target": chosen, "num_known": 3,
+                  "threshold": 0.5}
         calls[f"open_set/{name}"] = request("open_set_metrics", inputs)
     return calls
 
@@ -194,7 +195,7 @@ def make(seed: int):
         mine = {name: call for name, call in calls.items()
                 if name.startswith(f"{wrong['task']}/") and wrong["script"] in scripts_with(call)}
         for name, values in answers_of(mistaken(wrong), mine).items():
-            for key in values.keys() & right[name].keys():
+            for key in sorted(values.keys() & right[name].keys()):
                 differs = not stages.same(values[key], right[name][key])
                 if differs and looked_at(name, key):
                     value = values[key].float() if values[key].is_floating_point() else values[key]

@@ -51,7 +51,7 @@ def read(script: str) -> str:
     return (ROOT / f"{script}.py").read_text()
 
 
-# ------------------------------------------------------------------------------------------------------- right and wrong
+# ----------------------------------------------------------------------------------------------------- right and wrong
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_right_scripts_get_all_points(script, graded):
     failures = graded(read(script), script)
@@ -151,8 +151,9 @@ def slow_fcmi(z, mask, temperature, similarity):
         fine = fine + REFERENCE.mean(REFERENCE.minus_log_share(masked[i, j], z[n][i], j, temperature, similarity)
                                      for i in range(clips) for j in range(segments))
         means = [REFERENCE.mean(clip) for clip in z[n]]
-        coarse = coarse + REFERENCE.mean(
-            REFERENCE.minus_log_share(REFERENCE.mean(masked[i]), means, i, temperature, similarity) for i in range(clips))
+        queries = [REFERENCE.mean(clip) for clip in masked]
+        coarse = coarse + REFERENCE.mean(REFERENCE.minus_log_share(query, means, i, temperature, similarity)
+                                         for i, query in enumerate(queries))
     return fine, coarse
 
 
@@ -222,10 +223,12 @@ SLOW = SimpleNamespace(
         count, total, index, vectors.detach(), decay))
 
 
-@pytest.mark.parametrize("call", [call for call in CALLS if "." not in CALLS[call]["call"] or "CUJP" in CALLS[call]["call"]])
+OF_FUNCTIONS = [call for call in CALLS if call.split("/")[0] not in ("straight_through", "reset")]
+OF_FUNCTIONS.remove("info_nce/large")  # the loop takes the exponential of a thousand
+
+
+@pytest.mark.parametrize("call", OF_FUNCTIONS)
 def test_golden_outputs_and_gradients_are_those_of_the_slow_loop(call):
-    if call == "info_nce/large":
-        pytest.skip("the loop takes the exponential of a thousand")
     request = stages.filled(CALLS[call])
     found = worker.answer(SLOW, request)["values"]
     wanted = {key: value for key, value in stages.stored(f"out/{call}").items() if not key.startswith("kept")}
@@ -368,7 +371,8 @@ def test_every_function_can_be_taken_out_and_nothing_else_changes(script, of_oth
         after = names_of(shorter)[name]
         assert ast.dump(after.args) == ast.dump(before.args) and ast.get_docstring(after) == ast.get_docstring(before)
         assert ast.unparse(after.body[-1]) == "raise NotImplementedError"
-        checks = [ast.unparse(node) for node in after.body[:-1] if ast.get_docstring(after) is None or node != after.body[0]]
+        docstring = ast.get_docstring(after) is not None
+        checks = [ast.unparse(node) for node in after.body[docstring:-1]]
         assert all(check.startswith("require_shape(") for check in checks), checks
         left = shorter.splitlines()
         rest = len(lines) - before.end_lineno
@@ -407,7 +411,8 @@ def test_odd_places_are_found(name):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("micu.py fcmi_los", "no function fcmi_los; did you mean fcmi_loss"), ("micu.py CUJP", "CUJP is a class; give methods"),
+    ("micu.py fcmi_los", "no function fcmi_los; did you mean fcmi_loss"),
+    ("micu.py CUJP", "CUJP is a class; give methods"),
     ("micu.py draw_puzzle CUJP.forward", "no function draw_puzzle"), ("absent.py f", "absent.py: No such file"),
     ("README.md f", "README.md is no Python file: line 1")])
 def test_what_cannot_be_taken_out_is_said_in_one_line(words, message, tmp_path, monkeypatch):
