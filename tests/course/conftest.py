@@ -20,6 +20,7 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{task}: a task of the course, graded with --script")
     if config.getoption("script", None):
         config.pluginmanager.register(Points(config.getoption("gradescope", None)), "course-points")
+        config.option.reportchars = "N"  # the table of points says what failed
 
 
 def pytest_ignore_collect(collection_path, config):

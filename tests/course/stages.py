@@ -283,10 +283,12 @@ def failure(stage: Stage, submission, script: str):
         request = filled(golden()[1]["calls"][call])
         reply = submission.ask(call, request)
         printed = f"\nprinted: {reply['printed'].strip()}" if reply.get("printed", "").strip() else ""
-        if reply.get("kind") == "NotImplementedError":
-            return f"{reply['function']} is not written yet"
+        if reply.get("kind") == "unwritten":
+            method = request["call"].split(".")[-1]
+            return f"{request['call'] if reply['function'] == method else reply['function']} is not written yet"
         if "error" in reply:
-            return f"{request['call']}: {reply['error']}{printed}"
+            hint = "" if stage.shapes_only or submission.broken else f"\nhint: {stage.hint}"
+            return f"{request['call']}: {reply['error']}{hint}{printed}"
         given = request.get("make", {}).get("state", {})
         if [name for name in given if reply["values"][f"state/{name}"].shape != given[name].shape]:
             return f"{request['call']} changes the shape of one of {', '.join(given)}: copy_ into them"
@@ -301,6 +303,6 @@ def failure(stage: Stage, submission, script: str):
         if wrong:
             hint = None if stage.shapes_only else mistake(stage, call, values, wanted)
             found = [difference(key, values.get(key), wanted[key]) for key in wrong[:3]]
-            lines = [f"hint: {hint or stage.hint}", *found, f"{request['call']} returned {reply['returned']}{printed}"]
-            return "\n".join(lines)
+            said = [f"hint: {hint}", f"wanted: {stage.hint}"] if hint else [f"hint: {stage.hint}"]
+            return "\n".join([*said, *found, f"{request['call']} returned {reply['returned']}{printed}"])
     return None

@@ -141,11 +141,14 @@ def explain(error: BaseException, path: str) -> dict:
         return {"error": f"{kind} in line {error.lineno}: {error.msg}", "kind": kind}
     if isinstance(error, MemoryError) or "can't allocate memory" in message:
         return {"error": f"it wants more than {MEMORY >> 30} GiB of memory", "kind": kind}
-    here = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    frames = traceback.extract_tb(error.__traceback__)
+    here = [frame for frame in frames if frame.filename == path]
+    if isinstance(error, NotImplementedError) and frames[-1].filename == path:  # PyTorch raises it as well
+        return {"error": f"{here[-1].name} is not written yet", "kind": "unwritten", "function": here[-1].name}
     where = f" in line {here[-1].lineno} ({here[-1].name}): {here[-1].line}" if here else ""
     if isinstance(error, SystemExit):
         return {"error": f"it ends the program (SystemExit {error.code}){where}", "kind": kind}
-    return {"error": f"{kind}: {message}{where}", "kind": kind, "function": here[-1].name if here else ""}
+    return {"error": f"{kind}: {message}{where}", "kind": kind}
 
 
 def limit_resources() -> None:
