@@ -97,7 +97,8 @@ class Submission:
             pass
         reply = self.wait(seconds)
         self.printed.seek(0)
-        reply["printed"] = self.printed.read().decode(errors="replace")[-500:]
+        lines = self.printed.read().decode(errors="replace").splitlines()
+        reply["printed"] = "\n".join(line[:200] for line in lines[-3:])
         return reply
 
     def close(self) -> None:
