@@ -593,7 +593,7 @@ def drop(file: tyro.conf.Positional[str], out: str) -> None:
     try:
         with h5py.File(out, "w") as h5:
             h5.attrs.update(source.h5.attrs)
-            for name in (*source.names - {"events"}, *(f"events/{name}" for name in source.events)):
+            for name in (*set(source.names) - {"events"}, *(f"events/{name}" for name in source.events)):
                 data = source.h5[name]
                 rows = np.arange(len(data)) if name == "classes" else keep
                 new = h5.create_dataset(name, (len(rows), *data.shape[1:]), data.dtype)
