@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 
 from benchmarks import ablations, tables
@@ -86,6 +87,15 @@ def test_the_tables_of_the_documents_are_those_of_the_results():
     assert set(tables.DOCUMENTS) <= set(DOCUMENTS)
     for path in tables.DOCUMENTS:
         assert tables.filled(path.read_text()) == path.read_text(), f"python -m benchmarks.tables: {path.name}"
+
+
+def test_the_lines_of_the_readme_that_encode_an_array(default_runs):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    names = {}
+    exec(code.replace('"RUN"', repr(str(default_runs["micu"].run))), names)
+    assert names["quantized"].shape == (8, 10, 64) and names["code_index"].shape == (8, 10)
+    codebook = names["model"].quantizer.codebook
+    assert torch.equal(codebook[names["code_index"]], names["quantized"])
 
 
 def test_the_two_commands_of_the_readme_are_there():
