@@ -492,6 +492,7 @@ def first_losses(toy, args: Args) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("align", ALIGNS)
 def test_the_first_losses_of_a_run_of_three_modalities_are_those_of_the_functions(align, toy, cwd):
     run, _ = run_toy(toy, cwd, "--align", align)

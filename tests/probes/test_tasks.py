@@ -176,6 +176,7 @@ def numbered(features, modalities, many):
     return encode
 
 
+@pytest.mark.slow
 def test_x_retrieval_learns_from_one_and_asks_with_another(toy, monkeypatch):
     """Text's codes are audio's, rotated; video's are near text's: only the learned map leads from them to audio's."""
     rotate = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(3)))[0]
@@ -225,6 +226,7 @@ def test_segmentation_says_nothing_of_what_has_no_annotation(tmp_path, monkeypat
     assert tags["segmentation/a2t/f_score"] == 0
 
 
+@pytest.mark.slow
 def test_segmentation_needs_the_query(tmp_path, toy, monkeypatch):
     """Where two digits are in the picture, only the query tells which is meant."""
     monkeypatch.setattr(probes, "MASK_EPOCHS", 150)

@@ -287,7 +287,7 @@ def test_printed_table(smoke):
         assert cell == (f"{value:.0f}" if plain else f"{100 * value:.1f}"), tag
 
 
-@pytest.mark.parametrize("script", ["micu", "codaar"])  # codes of one codebook; rows of several
+@pytest.mark.parametrize("script", ["micu", pytest.param("codaar", marks=pytest.mark.slow)])  # one codebook, several
 def test_probes_print_the_same_table_again(default_runs, script):
     default_run = default_runs[script]
     again = run_script("probes.py", default_run.run, "--out", "again.json", cwd=default_run.cwd)
@@ -417,6 +417,7 @@ def test_a_signal_while_probing_loses_nothing(here, straight, monkeypatch):
     assert_same_run(here("--resume", str(run.relative_to(here.cwd))), straight)
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_the_command_it_prints(tiny, tmp_path):
     """In a process of its own: the message, the exit code, and the printed command work."""
     argv, keywords = command("micu.py", "--data", tiny, *AUDIO_TEXT, *"--epochs 500 --log-every 1".split())
