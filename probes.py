@@ -12,13 +12,14 @@ chosen with test labels (what the released scripts do: `python -m official.proto
 import hashlib
 import importlib
 import itertools
+import json
 import math
 import os
 import signal
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 import tyro
 
 from data import NOT_ANNOTATED, Features
-from pictures import SHARE, show_codebook, table  # noqa: F401: scripts take them from here
+from pictures import SHARE, show, table
 from run import RANK, InputError, explain_input_errors, first_line, note, pick_device, require_shape, write_json
 
 SCRIPTS = ("uni_code", "micu", "codaar", "benchmarks.comparators")  # the only modules that a checkpoint may name
@@ -528,18 +529,29 @@ class Plan:
         return kept[part.index]
 
     def evaluate(self, model, encode, codebook_size: int):
-        """Probe the model as it is now -> {tag: value}; sets `selections` {m: (K,)} of codes on the test clips, and
-        `outcomes` of the open set."""
+        """Probe the model as it is now -> {tag: value}; sets what `show` draws: `selections` {m: (K,)} of codes on the
+        test clips, those `by_class` (C, K), `outcomes` of classification and open set, `drawn` masks."""
         test = self.parts["test"]
         shown = test if len(test) else replace(test, index=np.arange(len(self.target)))
-        self.outcomes = {}
+        self.outcomes, self.drawn = {}, None
         with self.probing(model, encode, codebook_size):
             index = {m: self.codes(shown, m).index for m in self.tested_modalities}
             figures, self.selections = codebook_metrics(index, codebook_size)
+            place = shown.label[:, None] * codebook_size + torch.cat(list(index.values()), 1)
+            counts = place[shown.label >= 0].flatten().bincount(minlength=codebook_size * (len(self.classes) + 1))
+            self.by_class = counts.view(-1, codebook_size)[:-1].cpu()  # the last one of other classes
             tags = {f"eval/codebook/{name}": value for name, value in figures.items()}
             for probe in self.tasks.values():
                 tags |= probe(self)
         return tags
+
+    def show(self, codebook, run_folder, out, writer=None, step: int = 0) -> None:
+        """Draw the log of a run and what `evaluate` found into the folder `out`, see `pictures.show`."""
+        log = Path(run_folder) / "metrics.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        lines = [json.loads(line) for line in lines if line.endswith("}")]  # not what a kill cut off
+        show(out, lines, codebook.cpu(), self.selections, self.by_class, self.classes, self.outcomes, self.drawn,
+             writer, step)
 
     def not_learned(self, logged: dict, chance: dict, tags: dict) -> list:
         """What a run did not learn, a line each: losses of its last line of log {tag: value} that are still near what
@@ -592,6 +604,7 @@ def classification(plan: Plan) -> dict:
             same["acc_same"] = accuracy(prediction, parts["same"].label)["acc"]
         for target in targets:
             prediction = probe.logits(plan.codes(parts["test"], target)).argmax(-1)
+            plan.outcomes["classification", source, target] = Outcome({}, prediction, parts["test"].label, plan.classes)
             found = accuracy(prediction, parts["test"].label)
             figures = {"acc": found["acc"], **same, "macro_recall": found["macro_recall"]}
             tags |= plan.tags("classification", source, target, figures)
@@ -639,13 +652,13 @@ def paired_thresholds(plan: Plan, judge, source: str, target: str, at_source: di
 
 @dataclass
 class Outcome:
-    """What one direction of the open set came to, of N test clips: `scores` {score: confidence (N,)}, `prediction` and
-    `label` (N,), `thresholds` {"hos_source" and, with pairs, then "hos": {score: threshold ()}}."""
+    """What one direction came to, of N test clips: `prediction` and `label` (N,), in the open set with `scores`
+    {score: confidence (N,)} and `thresholds` {"hos_source" and, with pairs, then "hos": {score: threshold ()}}."""
     scores: dict
     prediction: torch.Tensor
     label: torch.Tensor
     classes: list
-    thresholds: dict
+    thresholds: dict = field(default_factory=dict)
 
     @property
     def known(self):
@@ -899,6 +912,19 @@ def drawn_frames(test: Clips, seen: str, asked: dict):
     return iou, curves
 
 
+@torch.no_grad()
+def example_masks(test: Clips, seen: str, asked: dict, several):
+    """Of four clips, where possible with several events (N,), the frame with the largest mask, for `pictures.masks`"""
+    rows = (~several).long().argsort(stable=True)[:4]
+    maps, mask, _ = frames(test, seen, rows)
+    largest = torch.arange(len(rows)), mask.flatten(2).sum(2).argmax(1).cpu()
+    found = {"frame": maps[largest], "truth": mask[largest]}
+    for (a, b, name), (draw, query) in asked.items():
+        if name == "miou":
+            found[f"{a} \u2192 {b}"] = draw(maps, query[rows.to(query.device)]).sigmoid()[largest]
+    return found, [test.names[label] for label in test.features.label[test.index[rows.numpy()]]]
+
+
 def segmentation(plan: Plan) -> dict:
     """Which pixels are what the query asks for? A decoder over the maps, trained with queries of one modality and
     tested with those of another, on every frame of the labelled clips -> tags
@@ -920,6 +946,7 @@ def segmentation(plan: Plan) -> dict:
         asked[a, b, "miou_nothing"] = None, None
     iou, curves = drawn_frames(test, plan.seen, asked)
     several = torch.from_numpy(~np.isin(test.index, test.features.single_event(test.index)))
+    plan.drawn = example_masks(test, plan.seen, asked, several)
     for (a, b, name), batches in iou.items():
         value = torch.cat(batches)
         figures = {name: value.nanmean().item()}
@@ -1007,7 +1034,7 @@ def report(tags: dict, out: str | None) -> None:
 def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[TASKS], ...] = (),
          known: tuple[str, ...] = (), score: Literal[SCORES] = "softmax", target: tuple[str, ...] = (),
          class_map: tuple[str, ...] = (), pairs: tuple[str, ...] = (), codes: str | None = None,
-         out: str | None = None, device: str = "auto") -> None:
+         out: str | None = None, pictures: str | None = None, device: str = "auto") -> None:
     """Probe the model of RUN (a run folder or its checkpoint.pt) on FILE ... (default: the data it was trained on).
 
     Args:
@@ -1021,6 +1048,7 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[T
             default: the validation split of FILE ...
         codes: write the codes of all clips of FILE ... to this HDF5 file, and probe nothing.
         out: a JSON file for all figures, those of the other scores as well.
+        pictures: a folder for pictures of what was found, and of the training of RUN.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`."""
     (method, args, shape, model, _), source, target = open_run(paths, target, out or codes)
     if codes:
@@ -1030,6 +1058,11 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[T
     plan = Plan(source, shape, pick_device(device), tasks, known, score, target, class_map, pairs=pairs)
     tags = plan.evaluate(model.to(plan.device), method.encode, args.codebook_size)
     report(tags, out)
+    if pictures:
+        try:
+            plan.show(model.quantizer.codebook, paths[0], pictures)
+        except Exception as error:  # a package is missing, or the folder cannot be written
+            raise InputError(f"--pictures {pictures}: {first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -613,5 +613,5 @@ if __name__ == "__main__":
     if RANK == 0:
         tags = evaluate()
         warnings = plan.not_learned(run.logged, chance, tags)
-        show = partial(probes.show_codebook, run.writer, model.quantizer.codebook, plan.selections, step)
+        show = partial(plan.show, model.quantizer.codebook, run.folder, run.folder, run.writer, step)
         run.finish(step, tags, warnings, probes.table(tags, probes.SCORES), show)

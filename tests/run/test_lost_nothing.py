@@ -226,7 +226,7 @@ def test_without_pictures_there_are_still_results_and_a_table(here, tiny, monkey
     def missing(*args):
         assert read_results(run_folder(here.cwd))["metrics"] and "run folder: " in capsys.readouterr().out
         raise ModuleNotFoundError("No module named 'PIL'")
-    monkeypatch.setattr(probes, "show_codebook", missing)
+    monkeypatch.setattr(probes, "show", missing)
     assert run_here("micu.py", "--data", tiny, *SHORT, "--epochs", 1) == 0
     folder = run_folder(here.cwd).relative_to(here.cwd)
     assert capsys.readouterr().err == f"note: {folder}: pictures are missing (No module named 'PIL')\n"

@@ -44,6 +44,7 @@ STATE = {"micu": {"networks", "optimizer"}, "uni_code": {"networks", "optimizer"
 LOSSES = {"micu": ("fcmi_fine", "fcmi_coarse", "cujp"), "uni_code": ("cpc", "cmcm", "club"), "codaar": ("cpc", "dqa")}
 WEIGHTS = {"micu": {"cujp": 2}, "uni_code": {"club": 0.01}, "codaar": {}}
 CODEBOOK = {"micu": "codebook", "uni_code": "codebook", "codaar": "codebooks"}
+PICTURES = {"training", "codes", "codebook", "confusion", *(f"open_set_5_{score}" for score in probes.SCORES)}
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -76,12 +77,16 @@ class Here:
 
     def __init__(self, script, cwd, data, capture):
         self.script, self.cwd, self.data, self.capture, self.code, self.out = script, cwd, data, capture, None, ""
+        self.draws = False  # pictures, which take longer than these runs
 
     def __call__(self, *args, data=None) -> Path:
         before = set(self.cwd.glob("runs/*__*"))
         self.capture.readouterr()
         source = () if "--resume" in args else ("--data", data or self.data, *SCRIPTS.get(self.script, "").split())
-        self.code = run_here(f"{self.script}.py", *source, *args)
+        with pytest.MonkeyPatch.context() as patch:
+            if not self.draws:
+                patch.setattr(probes, "show", lambda *args: None)
+            self.code = run_here(f"{self.script}.py", *source, *args)
         self.out = self.capture.readouterr().out
         resumed = [Path(folder) for option, folder in zip(args, args[1:]) if option == "--resume"]
         (run,) = resumed or set(self.cwd.glob("runs/*__*")) - before
@@ -212,8 +217,8 @@ def test_log_and_tensorboard(smoke):
         for tag in set(line) - {"step"}:
             (event,) = [event for event in board.Scalars(tag) if event.step == line["step"]]
             assert event.value == pytest.approx(line[tag], rel=1e-6)
-    assert board.Tags()["images"] == ["codebook/usage"]
-    assert board.Images("codebook/usage")[0].width == 2 * 64  # two pixels a code
+    assert set(board.Tags()["images"]) == {f"run/{name}" for name in PICTURES}
+    assert board.Images("run/codes")[0].width == 1600
 
     projector = (smoke.run / "projector_config.pbtxt").read_text()
     assert "tensors.tsv" in projector and "metadata.tsv" in projector
@@ -234,7 +239,8 @@ def test_log_and_tensorboard(smoke):
 
 def test_run_folder(smoke):
     names = {path.name for path in smoke.run.iterdir() if path.is_file() and not path.name.startswith("events.out")}
-    assert names == {"args.json", "metrics.jsonl", "checkpoint.pt", "results.json", "projector_config.pbtxt"}
+    assert names == {"args.json", "metrics.jsonl", "checkpoint.pt", "results.json", "projector_config.pbtxt",
+                     *(f"{name}.png" for name in PICTURES)}
     assert smoke.run.name.startswith(f"{smoke.script}__digits__1__")
     state = load(smoke.run)
     assert set(state) == {"method", "args", "shape", "step", "epoch", "rng", "seconds", "git", "resumed_at",
@@ -522,6 +528,26 @@ def test_a_codebook_in_collapse_says_so(here):
 
 
 @EVERY_SCRIPT
+def test_without_matplotlib_a_run_lacks_its_pictures_and_nothing_else(here, monkeypatch):
+    here.draws = True
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run = here(*AUDIO_TEXT)
+    assert here.code == 0 and (run / "results.json").exists() and not list(run.glob("*.png"))
+    assert here.out.splitlines()[-1] == f"run folder: runs/{run.name}"
+
+
+def test_probes_make_the_pictures_of_a_run_again(default_runs, tmp_path, monkeypatch):
+    """With `--pictures FOLDER`, and those of other tasks besides"""
+    command = ("probes.py", default_runs["micu"].run, "--pictures", tmp_path / "new", "--tasks")
+    again = captured_here(*command, "classification", "segmentation", cwd=default_runs["micu"].cwd)
+    assert again.returncode == 0
+    made = {path.stem for path in (tmp_path / "new").iterdir()}
+    assert made == {"training", "codes", "codebook", "confusion", "masks"}
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match="--pictures .*new: .*matplotlib"):
+        captured_here(*command, "classification", cwd=default_runs["micu"].cwd)
+
+
 def test_a_run_can_be_resumed_for_more_epochs(here, straight):
     """A finished one, too, in several goes; until it is finished again there is no results.json."""
     two = here(*LONG, "--max-steps", 8)
