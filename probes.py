@@ -12,7 +12,6 @@ chosen with test labels (what the released scripts do: `python -m official.proto
 import hashlib
 import importlib
 import itertools
-import json
 import math
 import os
 import signal
@@ -33,7 +32,8 @@ import tyro
 
 from data import NOT_ANNOTATED, Features
 from pictures import SHARE, show, table
-from run import RANK, InputError, explain_input_errors, first_line, note, pick_device, require_shape, write_json
+from run import (RANK, InputError, explain_input_errors, first_line, log_lines, note, pick_device, require_shape,
+                 write_json)
 
 SCRIPTS = ("uni_code", "micu", "codaar", "benchmarks.comparators")  # the only modules that a checkpoint may name
 DEFAULT_TASKS = ("classification", "open_set")  # as far as the clips allow
@@ -547,9 +547,7 @@ class Plan:
 
     def show(self, codebook, run_folder, out, writer=None, step: int = 0) -> None:
         """Draw the log of a run and what `evaluate` found into the folder `out`, see `pictures.show`."""
-        log = Path(run_folder) / "metrics.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        lines = [json.loads(line) for line in lines if line.endswith("}")]  # not what a kill cut off
+        lines = log_lines(Path(run_folder) / "metrics.jsonl")
         show(out, lines, codebook.cpu(), self.selections, self.by_class, self.classes, self.outcomes, self.drawn,
              writer, step)
 
