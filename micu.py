@@ -477,8 +477,10 @@ if __name__ == "__main__":
     generators = {name: run.generator(name) for name in ("codebook", "mask", "jigsaw")}
     more_state = {}  # other optimizers, of which there are none here
     pairs = len(shape) ** 2
-    chance = {"fcmi_fine": pairs * math.log(segments), "fcmi_coarse": pairs * math.log(args.batch_size),
-              "cujp": math.log(permutations)}  # what a loss is by guessing
+    guess = {"fcmi_fine": pairs * math.log(segments), "fcmi_coarse": pairs * math.log(args.batch_size),
+             "cujp": math.log(permutations)}
+    weight = {"fcmi_fine": args.lambda_fine, "fcmi_coarse": args.lambda_coarse, "cujp": args.lambda_cujp}
+    chance = {name: guess[name] for name in guess if weight[name]}  # what a loss is by guessing
     # ====================================================================================================== end of MICU
     networks.to(device)
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.learning_rate, fused=True)

@@ -512,6 +512,9 @@ def test_a_run_that_learns_nothing_says_so(here):
     warnings = read_results(run)["warnings"]
     for name in {"micu": ["cujp"], "uni_code": ["cpc", "cmcm"], "codaar": ["cpc", "dqa"]}[here.script]:
         assert any(f"loss {name} is" in line and "--epochs" in line for line in warnings), (name, warnings)
+    if here.script == "micu":  # nothing is said of a loss that was switched off
+        off = read_results(here(*AUDIO_TEXT, "--learning-rate", "1e-30", "--epochs", 1, "--lambda-cujp", 0))["warnings"]
+        assert not any("loss cujp" in line for line in off)
     logged = read_metrics(run)[-2]
     for line in warnings:
         if line.startswith("warning: loss"):
