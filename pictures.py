@@ -19,7 +19,7 @@ SHARING = (SKY, ORANGE, PURPLE, BLACK)  # of codes that 1, 2, 3, more modalities
 CLASSES = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, BLACK, YELLOW)
 MARKERS = "os^D"  # of the first eight classes, of the next eight ...
 NAMED, NAME = 12, 12  # more classes than these are numbered; letters of a name that are shown
-TICKS = (0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999)  # of a confidence
+TICKS = (0.5, 0.9, 0.99, 0.999)  # of a confidence
 GREY, PALE = "#888888", "#DDDDDD"
 STYLE = {"font.size": 11, "axes.titlesize": 11, "legend.fontsize": 10, "axes.spines.top": False,
          "axes.spines.right": False, "figure.labelsize": 11, "legend.frameon": False, "figure.dpi": 200}
@@ -184,6 +184,7 @@ def histogram(ax, confidence, known, thresholds: dict, score: str) -> None:
         ax.set_xscale("logit")
         ax.set_xticks(TICKS, TICKS)
         ax.minorticks_off()
+        ax.set_xlim(edges[0], edges[-1])
     for of, kind, label in ((known, {"color": SKY, "fill": True}, "known classes"),
                             (~known, {"color": RED, "linewidth": 2}, "unknown classes")):
         counts, _ = np.histogram(confidence[of], edges)
@@ -191,7 +192,6 @@ def histogram(ax, confidence, known, thresholds: dict, score: str) -> None:
     for rule, threshold in thresholds.items():
         label, line = lines[rule]
         ax.axvline(threshold, color=BLACK, linestyle=line, label=label)
-    ax.set_xlim(edges[0], edges[-1])
 
 
 def confidences(found: dict, score: str):

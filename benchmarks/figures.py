@@ -429,7 +429,7 @@ def draw(folder: Path) -> None:
         for name, make in FIGURES.items():
             try:
                 metadata = {"Date": None} if name.endswith("svg") else {}
-                make().savefig(folder / name, metadata=metadata, facecolor="white")
+                make().savefig(folder / name, metadata=metadata, facecolor="white", dpi=120)
             except Missing as missing:
                 print(f"{name} skipped: {missing}")
 
