@@ -53,13 +53,20 @@ def fit(array: np.ndarray, shape: tuple, rows: Rows = "first"):
     return array[taken], "padded" if length < wanted else "cut" if length > wanted else None
 
 
+def usable_cores() -> int:
+    """Those that this process may run on, where the system tells them from all there are"""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass
 class Options:
     faithful: bool = False  # lists and archives as they are: rows listed twice, misspelt ids, classes of one side only
     subset: bool = False  # accept lists with other numbers of rows than the authors': a part of them, or your own
     on_error: Literal["stop", "skip"] = "stop"  # at an archive that is missing, damaged or refused
     dtype: Literal["float16", "float32"] = "float16"  # of the features
-    workers: int = os.cpu_count() or 1  # processes that read archives
+    workers: int = field(default_factory=usable_cores)  # processes that read archives
 
 
 @dataclass
@@ -138,12 +145,18 @@ def start_worker(*state):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     global job
-    job = [os.open(path, os.O_RDWR) for path in state[:2]] + list(state[2:])
+    job = [open(path, "r+b", buffering=0) for path in state[:2]] + list(state[2:])
 
 
-def put(file: int, content, offset: int) -> None:
+def write_at(file, content, offset: int) -> int:
+    """-> bytes written"""
+    file.seek(offset)
+    return file.write(content)
+
+
+def put(file, content, offset: int) -> None:
     """Write all of it, or raise OSError: a full disk takes a part without a word."""
-    if os.pwrite(file, content, offset) != len(content):
+    if write_at(file, content, offset) != len(content):
         raise OSError("no space left on the disk")
 
 

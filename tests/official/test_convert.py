@@ -25,6 +25,7 @@ import torch
 import data
 from conftest import ROOT, captured_here, command
 from data import Features
+from official import convert as converters
 from official.convert import (Options, fit, kept_vectors, list_ave, list_ave_avvp, list_avvp, list_ucf51, list_ucf_vgg,
                               list_vggsound)
 from official.safe_pickle import read_archive, unpickle
@@ -756,10 +757,25 @@ def test_a_progress_file_of_another_length_is_not_taken_over(tmp_path, left):
     assert (tmp_path / "out.h5").read_bytes() == expected and leftovers(tmp_path) == []
 
 
+def test_a_conversion_without_the_names_of_posix(tmp_path, monkeypatch):
+    root = sounds_only(tmp_path / "root", 4)
+    expected = whole(root, tmp_path / "whole")
+    for name in ("pwrite", "pread", "sched_getaffinity", "posix_fallocate"):
+        monkeypatch.delattr(os, name)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    convert("vggsound", root, "--out", "out.h5", "--subset", "--modalities", "audio", cwd=tmp_path)
+    assert (tmp_path / "out.h5").read_bytes() == expected and leftovers(tmp_path) == []
+
+
+def test_workers_are_the_cores_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
+    assert Options().workers == converters.usable_cores() == 1
+
+
 @pytest.mark.parametrize("skip", [[], ["--on-error", "skip"]])
 def test_a_full_disk_stops_the_conversion_and_spoils_no_clip(tmp_path, monkeypatch, skip):
     """The third clip finds room for half of it; also with --on-error skip its archive is not to blame."""
-    root, written, original = sounds_only(tmp_path / "root", 6), [], os.pwrite
+    root, written, original = sounds_only(tmp_path / "root", 6), [], converters.write_at
     expected = whole(root, tmp_path / "whole")
     given = ["vggsound", root, "--out", "out.h5", "--subset", "--modalities", "audio", *skip]
 
@@ -767,7 +783,7 @@ def test_a_full_disk_stops_the_conversion_and_spoils_no_clip(tmp_path, monkeypat
         written.append(content)
         return original(file, bytes(content)[:len(content) // 2] if len(written) > 4 else content, offset)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        patch.setattr(converters, "write_at", full)
         assert "no space left" in convert_error(*given, cwd=tmp_path)
     convert(*given, cwd=tmp_path)
     assert (tmp_path / "out.h5").read_bytes() == expected and leftovers(tmp_path) == []
