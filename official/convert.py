@@ -145,18 +145,14 @@ def start_worker(*state):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     global job
-    job = [open(path, "r+b", buffering=0) for path in state[:2]] + list(state[2:])
+    binary = getattr(os, "O_BINARY", 0)  # Windows changes line ends without it
+    job = [os.open(path, os.O_RDWR | binary) for path in state[:2]] + list(state[2:])
 
 
-def write_at(file, content, offset: int) -> int:
-    """-> bytes written"""
-    file.seek(offset)
-    return file.write(content)
-
-
-def put(file, content, offset: int) -> None:
+def put(file: int, content, offset: int) -> None:
     """Write all of it, or raise OSError: a full disk takes a part without a word."""
-    if write_at(file, content, offset) != len(content):
+    os.lseek(file, offset, os.SEEK_SET)
+    if os.write(file, content) != len(content):
         raise OSError("no space left on the disk")
 
 

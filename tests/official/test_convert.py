@@ -775,15 +775,15 @@ def test_workers_are_the_cores_that_the_process_may_use(monkeypatch):
 @pytest.mark.parametrize("skip", [[], ["--on-error", "skip"]])
 def test_a_full_disk_stops_the_conversion_and_spoils_no_clip(tmp_path, monkeypatch, skip):
     """The third clip finds room for half of it; also with --on-error skip its archive is not to blame."""
-    root, written, original = sounds_only(tmp_path / "root", 6), [], converters.write_at
+    root, written, original = sounds_only(tmp_path / "root", 6), [], os.write
     expected = whole(root, tmp_path / "whole")
     given = ["vggsound", root, "--out", "out.h5", "--subset", "--modalities", "audio", *skip]
 
-    def full(file, content, offset):
+    def full(file, content):
         written.append(content)
-        return original(file, bytes(content)[:len(content) // 2] if len(written) > 4 else content, offset)
+        return original(file, bytes(content)[:len(content) // 2] if len(written) > 4 else content)
     with monkeypatch.context() as patch:
-        patch.setattr(converters, "write_at", full)
+        patch.setattr(os, "write", full)
         assert "no space left" in convert_error(*given, cwd=tmp_path)
     convert(*given, cwd=tmp_path)
     assert (tmp_path / "out.h5").read_bytes() == expected and leftovers(tmp_path) == []
