@@ -69,16 +69,18 @@ def test_accuracy_is_drawn_if_probes_ran_along_the_way():
 
 
 def test_shared_codes_come_first_each_modality_in_its_colour():
-    selections = {"audio": torch.tensor([0, 9, 1, 50, 0]), "text": torch.tensor([0, 0, 1, 50, 4])}
+    selections = {"audio": torch.tensor([0, 9, 1, 50, 0]), "video": torch.tensor([0, 0, 0, 0, 4]),
+                  "text": torch.tensor([0, 0, 1, 50, 4])}
     figure = drawn("codes", selections=selections)
     above, below = figure.axes
-    assert "2 by 2, 2 by 1" in above.get_title() and "4 codes in use, of 5" in below.get_xlabel()
-    audio, text = above.collections
+    assert "0 by 3, 3 by 2, 1 by 1" in above.get_title() and "4 codes in use, of 5" in below.get_xlabel()
+    audio, _, text = above.collections
     assert (audio.get_facecolor() != text.get_facecolor()).any()
     heights = [audio.get_paths()[0].vertices[:, 1].max(), text.get_paths()[0].vertices[:, 1].max()]
     assert heights == [100, 100]
-    edges = sorted({round(x) for x, y in below.collections[0].get_paths()[0].vertices if y == 100})
-    assert edges == [0, 1]  # the code that both select most is the first one
+    steps = below.collections[0].get_paths()[0].vertices
+    for place, total in enumerate((100, 2, 8, 9)):  # the two of audio and text, that of video and text, audio's own
+        assert {round(x) for x, y in steps if y == total} == {place, place + 1}
 
 
 def test_the_map_lies_along_the_components_of_the_codes_in_use():
