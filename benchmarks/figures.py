@@ -289,13 +289,13 @@ def transfer():
 
 # ------------------------------------------------------------------------------------------------------ from the tables
 def results(method: str, data: str) -> dict:
-    """{row: [metrics of each seed]}; where the present defaults have not run yet, those of the former ones"""
-    rows = read(method).get(data, {}) or (read(f"{method}_map_branch") if data == "digits" else {})
+    """{row: [metrics of each seed]}"""
+    rows = read(method).get(data, {})
     return {name: [seed["metrics"] for seed in row["seeds"].values()] for name, row in rows.items() if row["seeds"]}
 
 
 def default_row(rows: dict) -> list:
-    return rows.get("default") or rows.get("full method") or []
+    return rows.get("default", [])
 
 
 def bars(ax, names: list, values: list, colour) -> None:
@@ -373,8 +373,8 @@ def agreement():
     left.set(xscale="log", xlabel="codes in the codebook", ylabel="%", ylim=(0, 100))
     path = ROOT / "benchmarks" / "agreement.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else {}
-    if not runs and not left.lines:
-        raise Missing("no rows of other codebook sizes, no benchmarks/agreement.json")
+    if not runs or not left.lines:
+        raise Missing("no rows of other codebook sizes, or no benchmarks/agreement.json")
     names = ["exact", "100 groups", "50 groups", "20 groups", "10 groups", "class"]
     for i, (what, line) in enumerate((("found", "-"), ("by chance", ":"))):
         curves = [[100 * pair[name][i] for name in names] for run in runs.values() for pair in run["pairs"].values()]

@@ -99,7 +99,7 @@ def headline() -> str:
         if rows:
             entries = [(f"{NAMES[method]}, {name}", [seed["metrics"] for seed in row["seeds"].values()])
                        for (method, name), row in rows.items()]
-            parts.append(table(data, entries, directions(rows)) + f"\n\n{made_at(list(rows.values()))}")
+            parts.append(table(data, entries, []) + f"\n\n{made_at(list(rows.values()))}")
     return "\n".join(parts) or "Not run yet.\n"
 
 
