@@ -494,7 +494,8 @@ def clip_gradients(networks: nn.ModuleDict, kind: str):
     """Scale gradients down to a norm of 0.5, that of all networks together or (`module`) of each -> norm before, ()"""
     if kind == "all":
         return nn.utils.clip_grad_norm_(networks.parameters(), 0.5)
-    return torch.stack([nn.utils.clip_grad_norm_(network.parameters(), 0.5) for network in networks.values()]).norm()
+    learning = [network for network in networks.values() if any(p.grad is not None for p in network.parameters())]
+    return torch.stack([nn.utils.clip_grad_norm_(network.parameters(), 0.5) for network in learning]).norm()
 
 
 # -------------------------------------------------------------------------------------------------------- main program

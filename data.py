@@ -584,21 +584,26 @@ def _check_values(features: Features, name: str, expected: str, fits) -> None:
 
 
 def drop(file: tyro.conf.Positional[str], out: str) -> None:
-    """Write FILE to NEW without the clips in which a modality is missing: those that hold NaN or infinity."""
+    """Write the clips of FILE in which no modality is missing, that is holds NaN or infinity, to NEW."""
     source = FeatureFile(file)
     gone = {name: source.missing(name) for name in source.modalities}
     keep = np.flatnonzero(~np.any(list(gone.values()), 0))
-    if os.path.exists(out):
-        raise InputError(f"--out {out}: is there already")
+    if os.path.exists(out) or not len(keep):
+        raise InputError(f"--out {out}: " + ("is there already" if len(keep) else "no clip would be left"))
+    events = [f"events/{name}" for name in source.events]
+    by_clip = {*source.modalities, *events, "label", "mask", "group", "split", "id"}
     try:
-        with h5py.File(out, "w") as h5:
-            h5.attrs.update(source.h5.attrs)
-            for name in (*set(source.names) - {"events"}, *(f"events/{name}" for name in source.events)):
-                data = source.h5[name]
-                rows = np.arange(len(data)) if name == "classes" else keep
-                new = h5.create_dataset(name, (len(rows), *data.shape[1:]), data.dtype)
-                for i, row in enumerate(rows):
-                    new[i] = data[row]
+        with tempfile.TemporaryDirectory(dir=Path(out).resolve().parent) as folder:
+            with h5py.File(Path(folder) / "new.h5", "w") as h5:
+                h5.attrs.update(source.h5.attrs)
+                if source.classes:
+                    source.h5.copy("classes", h5)
+                for name in sorted(name for name in by_clip if name in source.h5):
+                    data = source.h5[name]
+                    new = h5.create_dataset(name, (len(keep), *data.shape[1:]), data.dtype)
+                    for i, row in enumerate(keep):
+                        new[i] = data[row]
+            os.replace(Path(folder) / "new.h5", out)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({first_line(error)})")
     print(f"{out}: {len(keep)} of {source.clips} clips; left out for want of",

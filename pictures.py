@@ -302,11 +302,11 @@ def table(tags: dict, hidden: tuple = ()) -> str:
             rows.setdefault(where[0], {})[metric] = cell
     lines = []
     for task, rows in tasks.items():
-        columns = next(iter(rows.values()))
+        columns = dict.fromkeys(column for cells in rows.values() for column in cells)
         lines += ["", f"{task:19}" + "  ".join(f"{column:>6}" for column in columns)]
         for row, cells in rows.items():
             shown = [cells.get(column, "-").rjust(max(len(column), 6)) for column in columns]
             lines.append(f"  {row:17}" + "  ".join(shown))
-        if "hos_source" in columns and "hos" not in columns:
-            lines.append("  no pairs: the threshold is the source's; --pairs FILE finds the target's")
+        if any("hos_source" in cells and "hos" not in cells for cells in rows.values()):
+            lines.append("  hos is missing where there are no pairs: --pairs FILE finds the target's threshold")
     return "\n".join(lines[1:])

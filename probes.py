@@ -428,7 +428,8 @@ class Plan:
         self.source, self.target = features, target if self.own_target else features
         for m, side in itertools.product(shape, (self.source, self.target, pairs or features)):
             found = tuple(side.shape.get(m, shape[m]))
-            self.require(found == tuple(shape[m]), f"{m} has shape {found}, the model wants {tuple(shape[m])}")
+            if found != tuple(shape[m]):
+                raise InputError(f"{side.files[0].path}: {m} has shape {found}, the model wants {tuple(shape[m])}")
         held = [m for m in shape if m in self.source.modalities]
         self.tested_modalities = [m for m in shape if m in self.target.modalities]
         self.both = [m for m in held if m in self.tested_modalities]
@@ -449,6 +450,9 @@ class Plan:
             held_out = pairs.clips("val")
             index = held_out if len(held_out) else np.arange(len(pairs))
             self.pairs = Clips(pairs, index, pairs.classes, self.classes, self.device)
+            ways = ((a, b) for a, targets in self.directions.items() for b in targets)
+            self.require(any(self.has_pairs(*way) for way in ways), f"--pairs {pairs.files[0].path} holds no two "
+                         f"modalities of a direction, but {' '.join(pairs.modalities)}")
         self.labelled = {name: part[part.label >= 0] for name, part in self.parts.items()}
         self.single = {}  # those with one event, which probes of whole clips see
         for name, part in self.labelled.items():
@@ -553,23 +557,26 @@ class Plan:
 
     def not_learned(self, logged: dict, chance: dict, tags: dict) -> list:
         """What a run did not learn, a line each: losses of its last line of log {tag: value} that are still near what
-        guessing gives (`chance` {loss: value}), codebooks in collapse, modalities whose own probe tells no classes."""
+        guessing gives (`chance` {loss: value}), codebooks in collapse, probes that tell no classes of a modality."""
         lines = []
         for name, guess in chance.items():
-            value = logged[f"losses/{name}"]
+            value = logged.get(f"losses/{name}", 0.0)
             if value > NOT_LEARNED * guess:
                 lines.append(f"loss {name} is {value:.2f}, by guessing {guess:.2f}: train with more --epochs")
         for m in self.tested_modalities:
             perplexity = tags[f"eval/codebook/perplexity_{m}"]
-            if perplexity < COLLAPSE:
+            if perplexity < min(COLLAPSE, len(self.selections[m]) / 2):
                 lines.append(f"the codes of {m} collapsed (perplexity {perplexity:.1f}): see --codebook-init, "
                              "--reset-after, and that no loss is switched off which keeps clips apart")
-        right = {tag.split("/")[2].split("2")[0]: value for tag, value in tags.items() if tag.endswith("/acc_same")}
         guess = 1 / max(1, len(self.classes))
-        for m, value in right.items():
-            if value < min(2 * guess, 0.9 * guess + 0.1):
-                lines.append(f"a probe of modality {m} is right in {value:.0%} of its own clips, by guessing in "
-                             f"{guess:.0%}: train with more --epochs, and look at its features")
+        for source, targets in self.directions.items():
+            for target, name in itertools.product(targets, ("acc_same", "acc")):
+                (tag,) = self.tags("classification", source, target, {name: None})
+                tested = target if name == "acc" else source
+                if tags.get(tag, 1.0) < min(2 * guess, 0.9 * guess + 0.1):
+                    lines.append(f"a probe of {source} is right in {tags[tag]:.0%} of the clips of {tested}, by "
+                                 f"guessing in {guess:.0%}: train with more --epochs, and look at these features")
+        lines = list(dict.fromkeys(lines))
         return [f"warning: {line}" for line in lines]
 
 
@@ -1006,6 +1013,8 @@ def open_run(paths: tuple, target: tuple, out: str | None, load=load):
 def write_codes(out: str, model, encode, features: Features, shape: dict, codebook_size: int, device) -> None:
     """Write an HDF5 file: `code_index/<modality>` (N, T) of every clip, `id` (N,), and the model's `codebook`."""
     index = {}
+    if Path(out).exists():
+        raise InputError(f"--codes {out}: is there already")
     for m in shape:
         if m in features.modalities:
             found = features.shape[m]
@@ -1053,6 +1062,8 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[T
         device = pick_device(device)
         return write_codes(codes, model.to(device), method.encode, source, shape, args.codebook_size, device)
     pairs = Features(pairs, args.runs_dir) if pairs else None
+    for m in set(pairs.modalities if pairs else ()) & set(shape):
+        pairs.require(m)
     plan = Plan(source, shape, pick_device(device), tasks, known, score, target, class_map, pairs=pairs)
     tags = plan.evaluate(model.to(plan.device), method.encode, args.codebook_size)
     report(tags, out)

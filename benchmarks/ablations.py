@@ -139,8 +139,11 @@ def main(methods: tyro.conf.Positional[tuple[Literal[tuple(ROWS)], ...]], jobs: 
         results[method] = json.loads(path.read_text()) if path.exists() else {}
 
     def one(method: str, data: str, name: str, seed: int) -> None:
-        row = results[method].setdefault(data, {}).setdefault(name, {"seeds": {}})
-        row["command"] = command_of(method, data, name)
+        command = command_of(method, data, name)
+        with lock:
+            row = results[method].setdefault(data, {}).setdefault(name, {})
+            if row.get("command") != command:  # its flags have changed: what is there is of other ones
+                row.update(command=command, seeds={})
         if str(seed) not in row["seeds"]:
             result = run(f"{row['command']} --seed {seed}", runs_dir, threads) | {"threads": threads or None}
             keep = ("git", "data_sha256", "torch", "threads", "seconds", "peak_memory_mb", "warnings", "metrics",

@@ -347,6 +347,11 @@ def test_clips_without_a_modality_are_counted_and_can_be_left_out(tmp_path, monk
         assert list(new["classes"]) == list(old["classes"]) and dict(new.attrs) == dict(old.attrs)
         for name in ("audio", "video", "id", "label", "split", "events/audio"):
             assert new[name].dtype == old[name].dtype and np.array_equal(new[name][:], old[name][:][keep])
+    with h5py.File("holes.h5", "r+") as h5:  # what is none of the schema stays behind
+        h5["codebook"], h5["meta/fps"] = np.zeros((5, 4)), 25
+    data.drop("holes.h5", "again.h5")
+    with h5py.File("again.h5") as again:
+        assert len(again["audio"]) == 5 and not {"codebook", "meta"} & set(again)
     with pytest.raises(InputError, match="--out whole.h5: is there already"):
         data.drop("holes.h5", "whole.h5")
     with pytest.raises(InputError, match="cannot be written"):

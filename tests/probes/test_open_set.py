@@ -158,7 +158,10 @@ def test_without_pairs_there_is_no_hos_and_the_table_says_so(tmp_path):
     assert not [tag for tag in tags if tag.split("/")[-1] in ("hos", *(f"hos_{score}" for score in probes.SCORES))]
     shown = pictures.table({f"eval/{tag}": value for tag, value in tags.items()}, probes.SCORES)
     assert "hos_source" in shown and "no pairs" in shown and "--pairs" in shown
-    assert "no pairs" not in pictures.table({"eval/open_set_3/a2t/hos": 1.0, "eval/open_set_3/a2t/hos_source": 1.0})
+    with_hos = {"eval/open_set_3/a2t/hos_source": 1.0, "eval/open_set_3/a2t/hos": 0.77}
+    assert "no pairs" not in pictures.table(with_hos)
+    some = pictures.table({"eval/open_set_3/v2t/hos_source": 1.0, **with_hos})  # pairs of one direction alone
+    assert "no pairs" in some and "77.0" in some
 
 
 def test_pairs_must_fit_the_model(tmp_path, file):
@@ -166,8 +169,10 @@ def test_pairs_must_fit_the_model(tmp_path, file):
         del h5["text"]
         h5["text"] = np.zeros((CLIPS, T, 2), "f4")
 
-    with pytest.raises(InputError, match="text has shape"):
+    with pytest.raises(InputError, match="wide.h5: text has shape"):
         ask(file, pairs=write_pairs(tmp_path / "wide.h5", change=wide))
+    with pytest.raises(InputError, match="single.h5 holds no two modalities of a direction, but audio"):
+        ask(file, pairs=write_pairs(tmp_path / "single.h5", names=("audio",)))
 
 
 def test_each_score_has_its_own_threshold_and_figures(file):

@@ -222,13 +222,18 @@ def test_a_run_that_learned_is_silent_and_each_failure_has_its_line(tiny):
     logged = {"losses/cpc": 15.8, "losses/cmcm": 7.5, "losses/recon": 99.0}
     tags = {f"eval/codebook/perplexity_{m}": value for m, value in (("audio", 87.0), ("video", 120.0), ("text", 22.0))}
     tags |= {f"eval/classification/{way}/acc_same": 0.9 for way in ("a2v", "v2a", "t2a")}
+    plan.selections = dict.fromkeys(features.modalities, torch.ones(400))
     assert plan.not_learned(logged, chance, tags) == []
     for changed, needles in (
             (({"losses/cpc": 22.5}, {}), ["loss cpc is 22.50", "26.30", "--epochs"]),
             (({}, {"eval/codebook/perplexity_text": 1.2}), ["codes of text", "1.2", "--reset-after"]),
-            (({}, {"eval/classification/v2a/acc_same": 0.13}), ["modality v", "13%", "10%"])):
+            (({}, {"eval/classification/v2a/acc_same": 0.13}), ["a probe of video", "of video", "13%", "10%"]),
+            (({}, {"eval/classification/v2a/acc": 0.13}), ["a probe of video", "of audio", "13%", "10%"])):
         (line,) = plan.not_learned(logged | changed[0], chance, tags | changed[1])
         assert line.startswith("warning: ") and all(needle in line for needle in needles), line
+    small = {f"eval/codebook/perplexity_{m}": 4.0 for m in features.modalities}  # all of four codes in use
+    plan.selections = dict.fromkeys(features.modalities, torch.ones(4))
+    assert plan.not_learned(logged, chance, tags | small) == [] == plan.not_learned({}, chance, tags)
 
 
 def test_codes_of_a_file_without_labels_split_or_classes(run, tiny, tmp_path, capsys):
@@ -245,6 +250,7 @@ def test_codes_of_a_file_without_labels_split_or_classes(run, tiny, tmp_path, ca
             assert np.array_equal(h5["code_index"][m], code_index)
             np.testing.assert_array_equal(h5["codebook"][:][h5["code_index"][m][:]], quantized.detach())
     for words, needle in (((run, tiny, "--codes", "absent/codes.h5"), "the folder does not exist"),
+                          ((run, "mine.h5", "--codes", "mine.h5"), "is there already"),
                           ((run, edit(tiny, "n.h5", audio=np.zeros((80, 10, 7), "f4")), "--codes", "c.h5"), "audio has")):
         with pytest.raises(InputError, match=needle):
             command(probes.main, *words)
