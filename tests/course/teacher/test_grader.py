@@ -414,7 +414,7 @@ def test_odd_places_are_found(name):
     ("micu.py fcmi_los", "no function fcmi_los; did you mean fcmi_loss"),
     ("micu.py CUJP", "CUJP is a class; give methods"),
     ("micu.py draw_puzzle CUJP.forward", "no function draw_puzzle"), ("absent.py f", "absent.py: No such file"),
-    ("README.md f", "README.md is no Python file: line 1")])
+    ("README.md f", "README.md is no Python file: line")])
 def test_what_cannot_be_taken_out_is_said_in_one_line(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["blank", *words.split(), "-o", str(tmp_path / "out.py")])
