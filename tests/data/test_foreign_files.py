@@ -288,6 +288,7 @@ def test_neighbours_are_read_together(tmp_path, monkeypatch):
     assert [len(clips) for _, clips in features.blocks("audio", np.arange(N))][-1] == N
 
 
+@pytest.mark.slow
 # ---------------------------------------------------------------------------------------------------------- any bytes
 def test_damaged_files_are_read_or_refused_in_one_line():
     """Some are endless inside HDF5, which ends with Ctrl-C: see below."""

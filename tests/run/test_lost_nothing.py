@@ -185,6 +185,7 @@ def kill_and_resume(data: str, folder: Path, moments: int) -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
     probes.EPOCHS = 1
+    probes.show = lambda *args: None  # pictures come after everything that could be lost, and take longest
     run_here("micu.py", "--data", data, *SHORT)  # here, so that all that comes after has imported what it needs
     straight = training_state(run_folder(folder)), read_results(run_folder(folder))["metrics"]
     assert forked(Killer(), folder / "runs", "--data", data, *SHORT)

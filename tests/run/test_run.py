@@ -293,7 +293,8 @@ def test_printed_table(smoke):
         assert cell == (f"{value:.0f}" if plain else f"{100 * value:.1f}"), tag
 
 
-@pytest.mark.parametrize("script", ["micu", pytest.param("codaar", marks=pytest.mark.slow)])  # one codebook, several
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["micu", "codaar"])  # codes of one codebook; rows of several
 def test_probes_print_the_same_table_again(default_runs, script):
     default_run = default_runs[script]
     again = run_script("probes.py", default_run.run, "--out", "again.json", cwd=default_run.cwd)
@@ -539,6 +540,7 @@ def test_without_matplotlib_a_run_lacks_its_pictures_and_nothing_else(here, monk
     assert here.out.splitlines()[-1] == f"run folder: runs/{run.name}"
 
 
+@pytest.mark.slow
 def test_probes_make_the_pictures_of_a_run_again(default_runs, tmp_path, monkeypatch):
     """With `--pictures FOLDER`, and those of other tasks besides"""
     command = ("probes.py", default_runs["micu"].run, "--pictures", tmp_path / "new", "--tasks")
