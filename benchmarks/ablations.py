@@ -80,6 +80,7 @@ ROWS = {  # method: {row: flags}; of `digits` also MAPS and those of DIGITS
         "no DQA": "--no-dqa",
         "no CPC": "--no-cpc",
         "CPC alone": "--no-dta --no-csa --no-dqa",
+        "independent start": "--codebook-init uniform --reset-rule unused --reset-source live",
         "independent start, no CSA": "--codebook-init uniform --reset-rule unused --reset-source live --no-csa",
         "paired resets": "--reset-source paired",
         **ISOLATED, **{name: flags for name, flags in SIZES.items() if "800" not in name},
