@@ -2,13 +2,14 @@
 
     python -m benchmarks.figures                # draw all of them anew
     python -m benchmarks.figures --pairs RUN    # first take the open set of a run folder to benchmarks/figures.json
-    python -m benchmarks.figures --course RUN   # or the course of a run with --eval-every 1
+    python -m benchmarks.figures --course RUN ...   # or the course of runs with --eval-every 1
 
 A picture whose figures are missing is skipped with one line.
 """
 import json
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -28,6 +29,7 @@ from pictures import (BLACK, BLUE, GREEN, GREY, MODALITIES, ORANGE, PALE, PURPLE
 from run import git_commit
 
 TAKEN = ROOT / "benchmarks" / "figures.json"  # what is shown of single runs
+DEFAULT_SIZE = {"micu": 400, "uni_code": 400, "codaar": 800}  # codes of the default rows
 COLOURS = dict(zip(NAMES, (BLUE, ORANGE, GREEN)))  # of the methods
 RELEASED = {  # seconds a step as measured by hand, batch 80, two CPU threads, see docs/speed.md: (least, most)
     "digits": {"micu": {"release, fp32": (3.0, 4.1), "release, float64": (9.2, 9.2)},
@@ -269,9 +271,11 @@ def threshold():
     return figure
 
 
-def transfer():
+def transfer(method: str):
     """Accuracy and AUROC of every direction over the training"""
-    found = taken("course")
+    found = taken("course").get(method)
+    if not found:
+        raise Missing(f"no course of {method}: python -m benchmarks.figures --course RUN")
     figure = Figure((WIDTH, 3.4), layout="constrained")
     for ax, (ending, title) in zip(figure.subplots(1, 2), (("acc", "accuracy, %"), ("auroc", "AUROC, %"))):
         tags = [tag for tag in found["course"][-1] if tag.endswith(f"/{ending}")]
@@ -351,41 +355,36 @@ def sharing():
     return figure
 
 
-def agreement():
-    """Fewer codes agree more: by the size of the codebook, and by merging the codes of a trained one"""
+def sizes(method: str):
+    """Accuracy, AUROC and agreement, with what chance gives of it, by the number of codes, on both sets"""
+    curves = {"accuracy": ("acc", BLUE, "o-"), "AUROC": ("auroc", ORANGE, "s-")}
+    equal = {"agreement": ("agreement", GREEN, "^-"), "agreement by chance": ("agreement_chance", GREY, "v:")}
     figure = Figure((WIDTH, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for method, marker in zip(NAMES, "os^"):
-        sizes, drawn = {}, {"MICU": 400, "Uni-Code": 400, "CoDAAR": 800}
-        for name, seeds in results(method, "digits").items():
-            if name.endswith(" codes") and name.split()[0].isdecimal():
-                sizes[int(name.split()[0])] = seeds
-        if sizes:
-            sizes[drawn[NAMES[method]]] = default_row(results(method, "digits"))
-            x, style = sorted(sizes), {"color": COLOURS[method], "marker": marker}
-            left.plot(x, [statistics.mean(over_directions(sizes[k], "acc")) for k in x], **style,
-                      label=f"{NAMES[method]}: accuracy")
-            left.plot(x, [100 * statistics.mean(s["eval/codebook/agreement"] for s in sizes[k]) for k in x], "--",
-                      **style, label=f"{NAMES[method]}: agreement")
-    left.set(xscale="log", xlabel="codes in the codebook", ylabel="%", ylim=(0, 100))
-    path = ROOT / "benchmarks" / "agreement.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else {}
-    if not runs or not left.lines:
-        raise Missing("no rows of other codebook sizes, or no benchmarks/agreement.json")
-    names = ["exact", "100 groups", "50 groups", "20 groups", "10 groups", "class"]
-    for i, (what, line) in enumerate((("found", "-"), ("by chance", ":"))):
-        curves = [[100 * pair[name][i] for name in names] for run in runs.values() for pair in run["pairs"].values()]
-        right.plot(names, np.array(curves).T, line, color=GREEN, alpha=0.35)
-        right.plot([], [], line, color=GREEN, label=f"{what}, each pair of each run")
-    right.set(ylabel="agreement, %", ylim=(0, 100), title="codes merged after training (CoDAAR)")
-    right.set_xticks(range(len(names)), names, rotation=30)
-    left.set_title("codebooks of other sizes")
-    ticks = sorted({int(x) for line in left.lines for x in line.get_xdata()})
-    left.set_xticks(ticks, ticks)
-    left.minorticks_off()
-    left.legend(loc="center left", fontsize=9)
-    right.legend(loc="center right", bbox_to_anchor=(1, 0.21), fontsize=9)
+    panels = figure.subplots(1, 2, sharey=True)
+    for ax, data in zip(panels, SETS):
+        rows = results(method, data)
+        seeds = {int(name.split()[0]): rows[name] for name in rows if name.endswith(" codes")}
+        if not seeds or not default_row(rows):
+            raise Missing(f"no rows of other codebook sizes of {method} on {data}")
+        seeds[DEFAULT_SIZE[method]] = default_row(rows)
+        for label, (ending, colour, style) in curves.items():
+            spread(ax, {k: over_directions(seeds[k], ending) for k in sorted(seeds)}, label, colour, style)
+        for label, (name, colour, style) in equal.items():
+            values = {k: [100 * metrics[f"eval/codebook/{name}"] for metrics in seeds[k]] for k in sorted(seeds)}
+            spread(ax, values, label, colour, style)
+        ax.set(xscale="log", xlabel="codes in the codebook", ylim=(0, 100), title=data)
+        ax.set_xticks(sorted(seeds), sorted(seeds))
+        ax.minorticks_off()
+    panels[0].set_ylabel("%")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
+
+
+def spread(ax, values: dict, label: str, colour: str, style: str) -> None:
+    """{x: [value of each seed]}: a curve through the means, bars of one standard deviation"""
+    mean = [statistics.mean(of) for of in values.values()]
+    deviation = [statistics.stdev(of) if len(of) > 1 else 0 for of in values.values()]
+    ax.errorbar(list(values), mean, deviation, fmt=style, color=colour, capsize=3, label=label)
 
 
 def seconds_here(method: str, shapes: str) -> tuple:
@@ -422,10 +421,11 @@ def speed():
 
 
 FIGURES = {"task.svg": task, "clip_digits.png": clip_digits, "clip_watch.svg": clip_watch, "methods.svg": methods,
-           "threshold.svg": threshold, "transfer.svg": transfer, "sharing.svg": sharing, "agreement.svg": agreement,
-           "speed.svg": speed}
-FIGURES |= {f"ablations_{method}_{data}.svg": (lambda method=method, data=data: ablations(method, data))
+           "threshold.svg": threshold, "sharing.svg": sharing, "speed.svg": speed}
+FIGURES |= {f"ablations_{method}_{data}.svg": partial(ablations, method, data)
             for method in NAMES for data in SETS}
+FIGURES |= {f"sizes_{method}.svg": partial(sizes, method) for method in NAMES}
+FIGURES |= {f"transfer_{method}.svg": partial(transfer, method) for method in NAMES}
 
 
 def draw(folder: Path) -> None:
@@ -440,12 +440,13 @@ def draw(folder: Path) -> None:
                 print(f"{name} skipped: {missing}")
 
 
-def main(pairs: Optional[str] = None, course: Optional[str] = None) -> None:
+def main(pairs: Optional[str] = None, course: tuple[str, ...] = ()) -> None:
     found = json.loads(TAKEN.read_text()) if TAKEN.exists() else {}
     if pairs:
         found["pairs"] = open_set_of(pairs)
-    if course:
-        found["course"] = course_of(course)
+    for run in course:
+        results = course_of(run)
+        found.setdefault("course", {})[results["method"]] = results
     if pairs or course:
         TAKEN.write_text(json.dumps(found) + "\n")
     draw(ROOT / "docs" / "pictures")

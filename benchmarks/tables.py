@@ -2,19 +2,25 @@
 
     python -m benchmarks.tables           # rewrite the tables and line numbers in README.md and docs/
 
-A table stands between `<!-- table NAME -->` and `<!-- end of table -->`; NAME is `headline`, or a method and a set:
-`micu digits`. Mean and standard deviation over seeds, in percent; a direction such as a2v: trained on audio, tested on
-video. A row that begins `| micu.py:NNN | `code` |` gets the number of the one line of micu.py that holds this code.
+A table stands between `<!-- table NAME -->` and `<!-- end of table -->`; NAME is `headline`, or a set with a method or
+`comparators` before it: `micu digits`. Mean and standard deviation over seeds, in percent; a direction such as a2v:
+trained on audio, tested on video. A row that begins `| micu.py:NNN | `code` |` gets the number of the one line of
+micu.py that holds this code.
 """
 import json
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 
 from benchmarks.ablations import HEADLINE, ROOT, ROWS, SETS, rows_of
 
 NAMES = {"micu": "MICU", "uni_code": "Uni-Code", "codaar": "CoDAAR"}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAPER = {  # Uni-Code's Table 1: AVE after VGGSound-AVEL 40K, v2a and a2v
+    "Baseline": "5.5 / 5.4", "S-MiT": "14.4 / 15.9", "MST": "19.5 / 23.1", "CODIS": "20.8 / 26.4",
+    "TURN": "19.1 / 24.3", "CMCM": "32.7 / 36.8", "DCID+S-MiT": "32.2 / 34.0", "DCID+MST": "34.9 / 37.8",
+    "DCID+CODIS": "36.7 / 41.0", "DCID+TURN": "29.7 / 36.9", "DCID+CMCM": "36.4 / 42.9", "Uni-Code": "47.7 / 52.3"}
 LINE = re.compile(r"^\| (\w+)\.py:\d+ \| `(.+?)` \|", re.M)
 MARKED = re.compile(r"(<!-- table ([a-z_ ]+) -->\n).*?(<!-- end of table -->)", re.S)
 
@@ -71,6 +77,10 @@ def table(title: str, entries: list, ways: list) -> str:
     return "\n".join(lines)
 
 
+def metrics_of(row: dict) -> list:
+    return [seed["metrics"] for seed in row["seeds"].values()]
+
+
 def made_at(rows: list) -> str:
     commits = sorted({seed["git"] for row in rows for seed in row["seeds"].values()})
     return f"Made at commit {', '.join(commits)}.\n"
@@ -85,22 +95,34 @@ def of_method(method: str, data: str) -> str:
     for name in rows_of(method, data):
         if name in rows and rows[name]["seeds"]:
             flags = rows_of(method, data)[name]
-            entries.append((f"{name} `{flags}`" if flags else name,
-                            [seed["metrics"] for seed in rows[name]["seeds"].values()]))
+            entries.append((f"{name} `{flags}`" if flags else name, metrics_of(rows[name])))
     return table("row", entries, directions(rows)) + f"\n\n{made_at(list(rows.values()))}"
+
+
+def of_comparators(data: str) -> str:
+    """The rows of Uni-Code's Table 1 with the paper's figures beside them, below them the whole method"""
+    rows = {name: row for name, row in read("comparators").get(data, {}).items() if row["seeds"]}
+    full = read("uni_code").get(data, {}).get("audio and video" if data == "digits" else "default")
+    if not rows or not full:
+        return "Not run yet.\n"
+    rows = {name: rows[name] for name in ROWS["comparators"] if name in rows} | {"Uni-Code": full}
+    entries = [(name, metrics_of(row)) for name, row in rows.items()]
+    head, rule, *lines = table("row", entries, directions(rows)).splitlines()
+    lines = [f"{line} {PAPER.get(name, '–')} |" for line, name in zip(lines, rows)]
+    return "\n".join([f"{head} paper's |", f"{rule}---|", *lines]) + f"\n\n{made_at(list(rows.values()))}"
 
 
 def headline() -> str:
     """Default, paper and release of the three methods, a table for each set"""
-    parts = []
+    parts, shown = [], []
     for data in SETS:
         rows = {(method, name): read(method).get(data, {}).get(name) for method in ROWS for name in HEADLINE}
         rows = {key: row for key, row in rows.items() if row and row["seeds"]}
         if rows:
-            entries = [(f"{NAMES[method]}, {name}", [seed["metrics"] for seed in row["seeds"].values()])
-                       for (method, name), row in rows.items()]
-            parts.append(table(data, entries, []) + f"\n\n{made_at(list(rows.values()))}")
-    return "\n".join(parts) or "Not run yet.\n"
+            entries = [(f"{NAMES[method]}, {name}", metrics_of(row)) for (method, name), row in rows.items()]
+            parts.append(table(data, entries, []) + "\n")
+            shown += rows.values()
+    return "\n".join([*parts, made_at(shown)]) if parts else "Not run yet.\n"
 
 
 def numbered(match: re.Match) -> str:
@@ -114,7 +136,8 @@ def filled(text: str) -> str:
     """A document with its tables made anew"""
     def replace(match: re.Match) -> str:
         method, _, data = match[2].partition(" ")
-        return match[1] + (headline() if method == "headline" else of_method(method, data)) + match[3]
+        makers = {"headline": headline, "comparators": partial(of_comparators, data)}
+        return match[1] + makers.get(method, partial(of_method, method, data))() + match[3]
     return MARKED.sub(replace, LINE.sub(numbered, text))
 
 
