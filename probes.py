@@ -1057,7 +1057,9 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[T
         out: a JSON file for all figures, those of the other scores as well.
         pictures: a folder for pictures of what was found, and of the training of RUN.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`."""
-    (method, args, shape, model, _), source, target = open_run(paths, target, out or codes)
+    (method, args, shape, model, epoch), source, target = open_run(paths, target, out or codes)
+    if epoch < args.epochs:
+        note(f"{paths[0]}: not trained to its end, {epoch} of {args.epochs} epochs")
     if codes:
         device = pick_device(device)
         return write_codes(codes, model.to(device), method.encode, source, shape, args.codebook_size, device)

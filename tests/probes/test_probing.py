@@ -307,6 +307,15 @@ def test_the_command_line_prints_and_writes_what_evaluate_gives(run, tiny, capsy
     assert json.loads((run.parent / "out.json").read_text()) == found
 
 
+def test_a_run_that_was_stopped_is_said_to_be(run, capsys):
+    command(probes.main, run, "--tasks", "retrieval")
+    assert "3 of 5 epochs" in capsys.readouterr().err
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"epoch": 5}, run / "checkpoint.pt")
+    command(probes.main, run, "--tasks", "retrieval")
+    assert not capsys.readouterr().err
+
+
 def test_the_published_protocol_of_a_run(run, capsys):
     command(protocol.main, run, "--out", "out.json", "--tasks", "classification", "localization", "open_set")
     tags = json.loads((run.parent / "out.json").read_text())
