@@ -9,7 +9,7 @@ index, in any modality; `N groups`: the same group after the nearest of the used
 Euclidean) until N groups were left. In brackets what independent choices with the same frequencies would give: fewer
 groups agree more for that reason alone. Of CoDAAR's codebooks also the mean `cosine` of the rows that the first one
 chose with the second one's rows of the same index, and their mean `rank`: how many of its rows have a greater one.
-Writes benchmarks/agreement.json.
+Writes `--out`.
 """
 import itertools
 import json
@@ -90,11 +90,10 @@ def analyse(run: Path) -> dict:
     return {"args": {k: v for k, v in asdict(args).items() if k != "runs_dir"}, "pairs": table, "rows": rows}
 
 
-def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("benchmarks/agreement.json")) -> None:
     if not runs:
         raise SystemExit("give run folders of codaar.py")
     result = {run.name: analyse(run) for run in runs}
-    out = Path(__file__).with_name("agreement.json")
     out.write_text(json.dumps({"command": "python -m benchmarks.agreement RUN ...", "git": git_commit(),
                                "runs": result}, indent=1) + "\n")
     for name, found in result.items():

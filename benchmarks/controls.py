@@ -5,7 +5,7 @@
 `untrained`: fresh encoders, codewords are single outputs of theirs. `shuffled`: the codes of RUN, but every clip
 carries the codes of another one. A third row is not a control: `paired start` is `untrained` with the default start,
 whose codewords are means over the modalities at one segment; pairs are information, and the row shows how much of it
-is there before the first step. Writes benchmarks/controls.json.
+is there before the first step. Writes `--out`.
 """
 import itertools
 import json
@@ -20,7 +20,7 @@ from data import Batches, Features
 from run import git_commit
 
 
-def main(run: tyro.conf.Positional[str], seeds: int = 3) -> None:
+def main(run: tyro.conf.Positional[str], seeds: int = 3, out: Path = Path("benchmarks/controls.json")) -> None:
     state = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
     args, shape = micu.Args(**state["args"]), state["shape"]
     features = Features(args.data, args.runs_dir)
@@ -43,7 +43,6 @@ def main(run: tyro.conf.Positional[str], seeds: int = 3) -> None:
     model.load_state_dict({name.removeprefix("model."): value for name, value in state["networks"].items()
                            if name.startswith("model.")})
     rows["shuffled"] = plan.evaluate(model, shuffled, args.codebook_size)
-    out = Path(__file__).with_name("controls.json")
     out.write_text(json.dumps({"command": "python -m benchmarks.controls RUN", "git": git_commit(), "rows": rows},
                               indent=1) + "\n")
     for name, tags in rows.items():

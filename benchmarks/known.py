@@ -38,12 +38,11 @@ def figures(run: Path) -> tuple:
     return method.METHOD, mean, {entry: statistics.mean(values) for entry, values in softmax.items()}
 
 
-def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("benchmarks/known.json")) -> None:
     methods = defaultdict(list)
     for run in runs:
         method, mean, choices = figures(run)
         methods[method].append({"run": run.name, "mean": mean, "auroc of each choice": choices})
-    out = Path(__file__).with_name("known.json")
     out.write_text(json.dumps({"command": "python -m benchmarks.known RUN ...", "git": git_commit(), "known": KNOWN,
                                "methods": methods}, indent=1) + "\n")
     print("| method | score | AUROC | HOS | HOS, source's threshold |\n|---|---|---|---|---|")
