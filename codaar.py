@@ -233,7 +233,7 @@ def temporal_mix(z: dict, modality: str, lambda_self: float):
 def cascade(codebooks: dict, order) -> dict:
     """CSA, Eq. 6 and 7: {m: (K, D)} -> {m: (K, D)}; in `order` each becomes the mean of all as they are by then.
 
-    Raises ValueError on unequal shapes or an order that does not name every codebook once."""
+    Keys keep their place. Raises ValueError on unequal shapes or an order that does not name every codebook once."""
     codebooks = dict(codebooks)
     first = next(iter(codebooks.values()))
     require_shape("codebooks", first, (-1, -1))
@@ -332,7 +332,8 @@ class AlignedQuantizer(nn.Module):
             self.reset(z, generator)
 
     def reset(self, z: dict, generator) -> None:
-        """A dead index becomes what `reset_source` says in every codebook, with a count of 1 and itself as sum."""
+        """Indices unused for `reset_after` steps or more become what `reset_source` says; with `live`, none if none is.
+        Sets codebooks, ema_sum (the code), ema_count (1), steps_since_used (0), resets (+ number); z {m: (B, T, D)}"""
         unused = self.steps_since_used >= self.args.reset_after  # (M, K)
         dead = unused.any(0) if self.args.reset_rule == "unshared" else unused.all(0)  # (K,)
         if self.args.reset_source == "live":

@@ -280,7 +280,8 @@ class Quantizer(nn.Module):
             self.reset(z, generator)
 
     def reset(self, z: dict, generator) -> None:
-        """Dead codes become what `reset_source` says, with a count of 1 and themselves as sum; z {m: (B, T, D)}"""
+        """Codes unused for `reset_after` steps or more become what `reset_source` says; with `live`, none if none is.
+        Sets codebook, ema_sum (the code), ema_count (1), steps_since_used (0), resets (+ number); z {m: (B, T, D)}"""
         unused = self.steps_since_used >= self.args.reset_after  # (M, K)
         dead = unused.any(0) if self.args.reset_rule == "unshared" else unused.all(0)  # (K,)
         if self.args.reset_source == "live":
