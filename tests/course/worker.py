@@ -148,7 +148,7 @@ def explain(error: BaseException, path: str) -> dict:
     where = f" in line {here[-1].lineno} ({here[-1].name}): {here[-1].line}" if here else ""
     if isinstance(error, SystemExit):
         return {"error": f"it ends the program (SystemExit {error.code}){where}", "kind": kind}
-    return {"error": f"{kind}: {message}{where}", "kind": kind}
+    return {"error": f"{kind}: {message}{where}", "kind": "ValueError" if isinstance(error, ValueError) else kind}
 
 
 def limit_resources() -> None:

@@ -62,8 +62,10 @@ def code_calls(draw: Draw) -> dict:
 def quantizer_calls(draw: Draw) -> dict:
     calls, size = {}, 8
     steps = torch.tensor([[3, 0, 2, 9, 0, 3, 5, 0], [0, 3, 2, 5, 0, 3, 2, 0]])
-    ages = {"unshared": steps, "unused": steps, "all_dead": torch.full_like(steps, 4)}
-    for owner, of, source in (("Quantizer", "", "paired"), ("AlignedQuantizer", "@codaar", "batch")):
+    for owner, of, source, other in (("Quantizer", "", "paired", "batch"),
+                                     ("AlignedQuantizer", "@codaar", "batch", "paired")):
+        cases = {"unshared": {}, "unused": {"reset_rule": "unused"}, "other_source": {"reset_source": other},
+                 "live": {"reset_source": "live"}, "all_dead": {"reset_source": "live"}}
         many = (2,) if of else ()
         books = draw.normal(*many, size, 4)
         state = {"codebooks" if of else "codebook": books, "ema_sum": draw.normal(*many, size, 4),
@@ -72,9 +74,9 @@ def quantizer_calls(draw: Draw) -> dict:
         make = {"arguments": [list(TWO)], "settings": settings, "state": state}
         z = draw.each(TWO, 3, 4, 4)
         calls[f"straight_through/forward{of}"] = request(f"{owner}.forward", {"z": z}, ["z"], make=make)
-        for name, age in ages.items():
-            more = {"reset_rule": "unused" if name == "unused" else "unshared"}
-            more |= {"reset_source": "live"} if name == "all_dead" else {}
+        for name, case in cases.items():
+            age = torch.full_like(steps, 4) if name == "all_dead" else steps
+            more = {"reset_rule": "unshared"} | case
             made = {**make, "settings": settings | more, "state": state | {"steps_since_used": age}}
             calls[f"reset/{name}{of}"] = request(f"{owner}.reset", {"z": z}, make=made, seed=0)
     return calls
@@ -121,6 +123,32 @@ def other_calls(draw: Draw) -> dict:
                   "threshold": 0.5}
         calls[f"open_set/{name}"] = request("open_set_metrics", inputs)
     return calls
+
+
+def unfit_calls(calls: dict) -> dict:
+    """Calls that a docstring promises to refuse, made from those that fit; some would go through without a check."""
+    def unfit(call: str, words: str, **changed) -> dict:
+        return calls[call] | {"gradients": [], "arguments": calls[call]["arguments"] | changed, "unfit": words}
+
+    given = {call: calls[call]["arguments"] for call in calls}
+    z, books = given["fcmi/dot"]["z"], given["cascade/usual"]["codebooks"]
+    return {
+        "nearest_code/unfit": unfit("nearest_code/batch", "z of width 3 for codes of width 4",
+                                    z=given["nearest_code/batch"]["z"][..., :3]),
+        "ema_update/unfit": unfit("ema_update/step", "a code_index of 6 for 7 vectors",
+                                  code_index=given["ema_update/step"]["code_index"][:6]),
+        "info_nce/unfit": unfit("info_nce/dot", "4 candidates for 5 queries",
+                                candidates=given["info_nce/dot"]["candidates"][:4]),
+        "fcmi/unequal": unfit("fcmi/dot", "a modality of width 4 beside others of width 5",
+                              z=z | {"video": z["video"][..., :4]}),
+        "fcmi/unfit_mask": unfit("fcmi/dot", "a mask of 2 segments, clips of 4", mask=given["fcmi/dot"]["mask"][:, :2]),
+        "cujp/unfit": unfit("cujp/mixed", "a modality for each vector, not for each of its 4 parts",
+                            modality=given["cujp/mixed"]["modality"][:, :1]),
+        "club/unfit": unfit("club/clips", "y of width 1 with mu of width 2", y=given["club/clips"]["y"][..., :1]),
+        "cascade/unequal": unfit("cascade/usual", "a codebook of one code beside others of 5",
+                                 codebooks=books | {"video": books["video"][:1]}),
+        "cascade/short_order": unfit("cascade/usual", "an order of two for three codebooks", order=["text", "audio"]),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -182,6 +210,7 @@ def make(seed: int):
     """(arrays, {"calls": ..., "hints": ...}), as `stages.golden` gives them"""
     draw, arrays, places = Draw(seed), {}, {}
     calls = code_calls(draw) | quantizer_calls(draw) | micu_calls(draw) | other_calls(draw)
+    calls |= unfit_calls(calls)
     requests = {name: packed(call, f"in/{name}", arrays, places) for name, call in calls.items()}
     right = {}
     for script in SCRIPTS:
@@ -195,7 +224,7 @@ def make(seed: int):
         mine = {name: call for name, call in calls.items()
                 if name.startswith(f"{wrong['task']}/") and wrong["script"] in scripts_with(call)}
         for name, values in answers_of(mistaken(wrong), mine).items():
-            for key in sorted(values.keys() & right[name].keys()):
+            for key in sorted(values.keys() & right.get(name, {}).keys()):  # nothing right comes of what does not fit
                 differs = not stages.same(values[key], right[name][key])
                 if differs and looked_at(name, key):
                     value = values[key].float() if values[key].is_floating_point() else values[key]
