@@ -128,7 +128,7 @@ def other_calls(draw: Draw) -> dict:
 def unfit_calls(calls: dict) -> dict:
     """Calls that a docstring promises to refuse, made from those that fit; some would go through without a check."""
     def unfit(call: str, words: str, **changed) -> dict:
-        return calls[call] | {"gradients": [], "arguments": calls[call]["arguments"] | changed, "unfit": words}
+        return calls[call] | {"arguments": calls[call]["arguments"] | changed, "unfit": words}
 
     given = {call: calls[call]["arguments"] for call in calls}
     z, books = given["fcmi/dot"]["z"], given["cascade/usual"]["codebooks"]
