@@ -1,4 +1,4 @@
-"""A script with some bodies taken out, to be written anew: signature, docstring and checks of shapes stay.
+"""A script with some bodies taken out, to be written anew: signature, docstring and the first checks of shapes stay.
 
     python -m tests.course.blank micu.py fcmi_loss CUJP.forward -o my_micu.py
 
