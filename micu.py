@@ -351,6 +351,7 @@ def fcmi_loss(z: dict, mask, temperature: float, similarity: str = "dot"):
         require_shape("z", other, first.shape)
     masks = mask if isinstance(mask, dict) else dict.fromkeys(z, mask)
     for m in z:
+        require_shape("mask", masks[m], (-1, -1, -1))
         fits = [-1 if have == 1 else want for have, want in zip(masks[m].shape, first.shape)]
         require_shape("mask", masks[m], fits)
     query = torch.stack([masks[m] * z[m] for m in z])[:, None]  # (M, 1, B, T, D)

@@ -214,6 +214,7 @@ def test_fcmi_and_info_nce_keep_dtype_and_device(similarity, dtype, device):
 @pytest.mark.parametrize("audio, video, mask, name", [
     ((3, 4, 5), (3, 4, 6), (3, 1, 1), "z"), ((3, 4, 5), (3, 1, 5), (3, 1, 5), "z"), ((4, 5), (4, 5), (4, 1), "z"),
     ((3, 4, 5), (3, 4, 5), (2, 1, 5), "mask"), ((3, 4, 5), (3, 4, 5), (2, 3, 4, 5), "mask"),
+    ((3, 4, 5), (3, 4, 5), (3, 4), "mask"),
     ((3, 1, 5), (3, 1, 5), (3, 4, 1), "mask"),  # would silently make four segments of one
 ])
 def test_fcmi_loss_rejects_wrong_shapes(audio, video, mask, name):
