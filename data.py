@@ -194,7 +194,8 @@ class FeatureFile:
         data = self._require(name, "f", "float16, float32 or float64", ("N", "T", "d"), ("N", "T", "H", "W", "d"),
                              sparse=False)
         if data.shape[:2] != (self.clips, self.segments):
-            self._fail(name, f"N, T = {data.shape[:2]}", f"{(self.clips, self.segments)} as elsewhere in the file")
+            self._fail(name, f"N, T = {data.shape[:2]}", f"{(self.clips, self.segments)}, N as 'id' and T as "
+                       f"{next(iter(self.modalities))!r}: both are the same in every modality")
         h, w, d = data.shape[2:] if data.ndim == 5 else (1, 1, 1)
         if w == d != h or d > 1 and h >= 8 * max(w, d):
             self._fail(name, f"shape {data.shape}, which looks like (N, T, d, H, W)", "(N, T, H, W, d)")
@@ -202,7 +203,9 @@ class FeatureFile:
             raise InputError(f"{self.path}: rename dataset {name!r}: no dots, no name that PyTorch uses")
         sample = np.unique(np.linspace(0, self.clips - 1, min(16, self.clips)).astype(int))
         if not np.isfinite(self._read(data, name, sample)).all():
-            self._fail(name, f"NaN or infinity in {self.missing(name).sum()} of {self.clips} clips", FINITE)
+            missing = self.missing(name)
+            self._fail(name, f"NaN or infinity in {missing.sum()} of {self.clips} clips",
+                       "smaller values: float16 holds none above 65504" if missing.all() else FINITE)
         return self.valid.setdefault(name, data)
 
     def missing(self, name: str) -> np.ndarray:
@@ -568,6 +571,10 @@ def check(file: tyro.conf.Positional[str]) -> None:
         source.h5.visit(names.append)
         for name, item in zip(names, map(source.h5.get, names)):
             lines += [f"  {name:16} {str(item.shape):26} {item.dtype}"] if isinstance(item, h5py.Dataset) else []
+    for m, shape in features.shape.items():
+        lines += [f"  {m}: maps of {shape[1]} x {shape[2]} cells, which encoders pool"] if len(shape) == 4 else []
+    for c, name in enumerate(features.classes[:20]):
+        lines.append(f"  class {c} {name!r}: {(features.label == c).sum()} clips")
     print("\n".join(lines).encode(errors="replace").decode())
     sizes = ", ".join(f"{split} {len(features.clips(split))}" for split in SPLITS)
     print(f"  {sizes}; one event at most in {len(features.single_event(np.arange(len(features))))} clips", flush=True)

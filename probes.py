@@ -594,6 +594,7 @@ def check_open_set(plan: Plan) -> None:
             note(f"--known {entry}: of a single known class softmax is always sure; try --score logit")
         for name, part in plan.with_known(classes).items():
             known, words = part.label < len(classes), f"labelled {name} clips with one event, --known {entry}"
+            plan.require(len(part) or name == "same", f"open_set needs labelled {name} clips with one event")
             plan.require(known.any() or name == "same", f"no known classes among the {words}")
             plan.require(not known.all() or name != "test", f"no unknown classes among the {words}")
 

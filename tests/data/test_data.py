@@ -221,7 +221,20 @@ def test_check_prints_what_is_inside(valid, capsys):
         for name in ("audio", "video", "touch", "label", "events/audio", "mask", "split"):
             (line,) = [line for line in printed.splitlines() if line.split()[0] == name]
             assert str(h5[name].shape) in line and str(h5[name].dtype) in line
+        cells, labels = h5["video"].shape[2:4], h5["label"][:]
     assert f"{N} clips" in printed and "4 classes" in printed and "train 12, val 6, test 6" in printed
+    assert f"video: maps of {cells[0]} x {cells[1]} cells" in printed and "audio: maps" not in printed
+    assert f"class 0 'a': {(labels == 0).sum()} clips" in printed
+
+
+def test_axes_that_are_swapped_and_numbers_that_overflow(valid, tmp_path):
+    with h5py.File(valid) as h5:
+        swapped, large = h5["touch"][:].swapaxes(0, 1), np.full(h5["audio"].shape, np.inf, "f2")
+    path = edit(valid, tmp_path / "swapped.h5", touch=swapped)
+    found = error_of(lambda: FeatureFile(path).modality("touch"))
+    assert f"N, T = ({T}, {N})" in found and "N as 'id' and T as 'audio'" in found
+    large = FeatureFile(edit(valid, tmp_path / "large.h5", audio=large))
+    assert f"in {N} of {N} clips, expected smaller values: float16" in error_of(lambda: large.modality("audio"))
 
 
 def test_several_files_must_fit_together(valid, tmp_path):
