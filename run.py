@@ -32,8 +32,9 @@ from tqdm import tqdm
 RANK, WORLD_SIZE = 0, 1
 if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:  # as torchrun sets them; a scheduler has its own ranks
     RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-# What may differ from the run that is resumed: where it goes on and how far, not how it trains and logs.
-FREE = ("resume", "max_steps", "epochs", "data", "device", "runs_dir", "features_on", "compile")
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may take
+# What may differ from the run that is resumed: where it goes on, how far, and how often it logs, not how it trains.
+FREE = ("resume", "max_steps", "epochs", "data", "device", "runs_dir", "features_on", "compile", "log_every")
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -103,6 +104,15 @@ def pick_device(name: str) -> torch.device:
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no pages of their own for large blocks, which go when freed
     return device
+
+
+def respect_quota() -> None:
+    """No more threads than the cores whose time a container may take: OpenMP sees only on which cores it may run."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # control groups, version 2 and 1
+        with suppress(OSError, ValueError):  # no such file, or `max` for a number
+            quota, period = map(int, " ".join((CONTROL_GROUP / name).read_text() for name in names).split())
+            if quota > 0 and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(max(1, min(torch.get_num_threads(), quota // period)))
 
 
 def peak_memory_mb(device: torch.device):
@@ -241,7 +251,7 @@ def check_numbers(args, above_zero: tuple, below_one: tuple = (), at_most_one: t
             wrong = "must be in [0, 1]"
         elif not 0 <= value < math.inf:
             wrong = "must not be negative, nor infinite"
-        elif name == "seed" and value >= 2**32:
+        elif isinstance(value, int) and value >= 2**32:  # seeds cannot be larger, and sizes overflow somewhere
             wrong = "must be below 2^32"
         if wrong:
             raise InputError(f"--{name.replace('_', '-')} {value}: {wrong}")
@@ -262,13 +272,15 @@ def resumed(method: str, args):
         raise InputError(f"{path}: not a checkpoint of {method.replace('.', '/')}.py ({first_line(error)})")
     given = parse(Args, default=saved)
     given.max_steps = args.max_steps  # the limit of an earlier call has been reached
-    longer = given.epochs > saved.epochs
     for name, value in vars(given).items():
         flag, before = f"--{name.replace('_', '-')} {value}", getattr(saved, name)
         if name not in FREE and value != before or name == "epochs" and value < before:
             raise InputError(f"{flag}: the run was started with {before}; a resumed run keeps its settings or "
                              "has more epochs")
-    if path.with_name("results.json").exists() and not longer:
+    finished = 0  # epochs after which there are results
+    with suppress(Exception):  # no such file, or a damaged one
+        finished = json.loads(path.with_name("results.json").read_text())["args"]["epochs"]
+    if finished == given.epochs:
         raise InputError(f"--resume {args.resume}: this run is complete, see its results.json; more --epochs train on")
     return given, state
 
@@ -280,6 +292,7 @@ class Run:
 
     def __init__(self, method: str, args, **limits):
         sys.excepthook = explain_input_errors
+        respect_quota()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training: the HDF5 library never returns from some files
         self.method, self.saved, self.folder, self.signals, self.exit_code = method, None, None, [], 0
         self.started_at = time.perf_counter()
@@ -353,8 +366,8 @@ class Run:
             raise InputError(f"--runs-dir {self.args.runs_dir}: cannot be written ({error.strerror})")
         sys.excepthook = partial(explain_input_errors, go_on=self._go_on)
         threading.excepthook = lambda error: None  # TensorBoard's thread hands its errors on
-        for old in (*self.folder.glob("*.tmp"), self.folder / "results.json"):  # of a kill, of fewer epochs
-            old.unlink(missing_ok=True)
+        for half in self.folder.glob("*.tmp"):  # what a kill left
+            half.unlink(missing_ok=True)
         write_json(self.folder / "args.json", asdict(self.args))
         self.log_file = self.folder / "metrics.jsonl"
         lines = [line for line in log_lines(self.log_file) if line["step"] <= self.step]
@@ -382,11 +395,12 @@ class Run:
         """The batches of the steps that are left; `evaluate()` -> tags is for --eval-every."""
         self.epoch_steps, self.num_steps = len(batches), self.args.epochs * len(batches)
         self.logged_seconds, self.logged_step = self.seconds["train"], self.step
-        self.evaluate = evaluate
+        self.evaluate, self.losses = evaluate, {}
         hidden = not (sys.stdout and sys.stdout.isatty()) or RANK > 0
         with tqdm(total=self.num_steps, initial=self.step, desc=self.method, disable=hidden, dynamic_ncols=True) as bar:
             self.bar, self.clock = bar, time.perf_counter()
-            self._probe(self.step)
+            if self.step and self.checkpoint(self.step):  # --max-steps that were done before
+                sys.exit(self.exit_code)
             for batch in batches.stream(self.step, self.num_steps):
                 yield batch
                 self._count_time("train")
@@ -481,6 +495,8 @@ class Run:
             "method": self.method, "data": self.data_name, **self.provenance, "seed": self.args.seed,
             "args": asdict(self.args), "torch": torch.__version__, "device": name, "seconds": self.seconds,
             "steps": step, "peak_memory_mb": peak_memory_mb(self.device), "warnings": warnings, "metrics": tags})
+        for number in (signal.SIGINT, signal.SIGTERM):  # from here on there is nothing to resume
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
         print("\n".join([table, *warnings, f"run folder: {self.folder}"]), flush=True)
         try:
             show()

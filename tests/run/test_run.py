@@ -554,17 +554,57 @@ def test_probes_make_the_pictures_of_a_run_again(default_runs, tmp_path, monkeyp
 
 
 def test_a_run_can_be_resumed_for_more_epochs(here, straight):
-    """A finished one, too, in several goes; until it is finished again there is no results.json."""
+    """A finished one, too, in several goes; until it is finished again it keeps its results, and is not complete."""
     two = here(*LONG, "--max-steps", 8)
     one = here(*LONG, "--epochs", 1)
-    assert read_results(one)["steps"] == 4
-    here("--resume", str(one), "--epochs", 2, "--max-steps", 5)
-    assert load(one)["step"] == 5 and not (one / "results.json").exists()
+    paid_for = (one / "results.json").read_bytes()
+    assert read_results(one)["steps"] == 4 and "this run is complete" in here.error("--resume", str(one))
+    for most, step in ((4, 4), (5, 5)):  # stopped before a step of its own, and after one
+        here("--resume", str(one), "--epochs", 2, "--max-steps", most)
+        assert f"stopped after step {step} of 8, checkpoint saved; continue with" in here.out
+        assert load(one)["step"] == step and (one / "results.json").read_bytes() == paid_for
     assert here("--resume", str(one)) == one and read_results(one)["steps"] == 8
+    assert "this run is complete" in here.error("--resume", str(one), "--epochs", 2)
     left, right = training_state(one), training_state(two)
     assert differences({**left, "losses": 0}, {**right, "losses": 0}) == []
     assert [line["losses/total"] for line in left["losses"]] == [line["losses/total"] for line in right["losses"]]
     assert "--epochs 1: the run was started with 2" in here.error("--resume", str(one), "--epochs", 1)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_run_that_is_as_far_as_asked_takes_no_step(here, interrupted, most):
+    before = training_state(interrupted)
+    here("--resume", str(interrupted), "--max-steps", most)
+    assert here.code == 0 and f"stopped after step 2 of 8, checkpoint saved; {go_on(interrupted)}" in here.out
+    assert differences(training_state(interrupted), before) == []
+
+
+def test_damaged_results_are_no_results(here, interrupted):
+    """A run stays resumable whatever its results.json holds; the next one replaces it."""
+    for text, most in (("[" * 99999, 2), ('{"args": {"epochs": "2"}}', 2), ("[]", 8), ("", 9)):
+        (interrupted / "results.json").write_text(text)
+        here("--resume", str(interrupted), "--max-steps", most)
+        assert here.code == 0
+    assert read_results(interrupted)["steps"] == 8
+
+
+def test_a_resumed_run_may_log_more_often(here, straight):
+    """No bit of the training hangs on it."""
+    run = here(*LONG, "--max-steps", 3)
+    here("--resume", str(run), "--log-every", 1)
+    state, metrics = training_state(run), read_results(run)["metrics"]
+    assert [line["step"] for line in state["losses"]] == [4, 5, 6, 7, 8] and metrics == straight[1]
+    assert differences(state | {"losses": 0}, straight[0] | {"losses": 0}) == []
+
+
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
+def test_a_signal_while_pictures_are_drawn_ends_a_complete_run_quietly(here, monkeypatch, number, code):
+    here.draws = True
+    monkeypatch.setattr(probes, "show", lambda *args: signal.raise_signal(number))
+    run = here(*AUDIO_TEXT, "--epochs", 1)
+    assert here.code == code and read_results(run)["steps"] == 4
+    assert here.out.splitlines()[-1] == f"run folder: runs/{run.name}" and "--resume" not in here.out
 
 
 def test_results_name_the_commit_of_the_start_and_those_of_every_resume(here, monkeypatch):
@@ -595,6 +635,27 @@ def test_machines_without_the_names_of_posix(here, monkeypatch):
     here("--resume", str(run))
     assert read_results(run)["peak_memory_mb"] is None
     assert run_here("probes.py", run) == run_here("data.py", "check", here.data) == 0
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({}, []), ({"cpu.max": "max 100000\n"}, []), ({"cpu.max": "250000 100000\n"}, [2]),
+    ({"cpu.max": "50000 100000\n"}, [1]), ({"cpu.max": "99900000 100000\n"}, [64]), ({"cpu.max": "nonsense"}, []),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, []),
+    ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, [3])])
+def test_threads_are_no_more_than_a_container_may_use(tmp_path, monkeypatch, files, expected):
+    chosen = []
+    monkeypatch.setattr(run, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # who gives a number keeps it
+    run.respect_quota()
+    assert chosen == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    run.respect_quota()
+    assert chosen == expected
 
 
 def test_memory_is_counted_in_bytes_on_a_mac(monkeypatch):
@@ -648,6 +709,9 @@ BAD = [
     ("--mask-ratio nan", ["--mask-ratio nan"]),
     ("--codebook-size 0", ["--codebook-size 0"]),
     ("--codebook-size -3", ["--codebook-size -3"]),
+    ("--codebook-size 99999999999999999999", ["--codebook-size 99999999999999999999", "2^32"]),
+    ("--cujp-samples 4611686018427387904", ["--cujp-samples 4611686018427387904", "2^32"]),
+    ("--reset-after 4294967296", ["--reset-after 4294967296", "2^32"]),
     ("--code-dim 0", ["--code-dim 0"]),
     ("--code-dim 30 --cujp-splits 2", ["--code-dim 30"]),
     ("--batch-size 0", ["--batch-size 0"]),
@@ -655,6 +719,9 @@ BAD = [
     ("--epochs -1", ["--epochs -1"]),
     ("--learning-rate 0", ["--learning-rate 0"]),
     ("--learning-rate nan", ["--learning-rate nan"]),
+    ("--learning-rate 1e999", ["--learning-rate inf", "infinite"]),
+    ("--lambda-fine 1e999", ["--lambda-fine inf", "infinite"]),
+    ("--lambda-fine nan", ["--lambda-fine nan"]),
     ("--temperature 0", ["--temperature 0"]),
     ("--log-every 0", ["--log-every 0"]),
     ("--reset-after -1", ["--reset-after -1"]),
@@ -664,6 +731,7 @@ BAD = [
     ("--seed 4294967296", ["--seed 4294967296", "2^32"]),
     ("--device cuda:99", ["--device cuda:99", "--device auto"]),
     ("--device nonsense", ["--device nonsense", "--device auto"]),
+    ("--device mps", ["--device mps: not available here", "--device auto"]),
     ("--runs-dir file/below", ["--runs-dir file/below", "cannot be written"]),
     ("--runs-dir=", ["--runs-dir is empty"]),
     ("--resume absent", ["--resume absent", "checkpoint.pt"]),
@@ -703,7 +771,7 @@ def test_bad_arguments(here, options, needles):
     ("--modalities audio smell --data {small}", ["error: --modalities smell", "audio video text"]),
     ("--data absent.h5", ["error: absent.h5: no such file", "digits"]),
     ("--data digits --runs-dir file/below", ["error: --runs-dir file/below", "cannot be written"]),
-    ("--data {small} --codebook-size 99999999999", ["memory", "--batch-size"]),
+    ("--data {small} --codebook-size 4294967295", ["memory", "--batch-size"]),
 ])
 def test_one_line_and_exit_code_2(tmp_path, small, options, needles):
     (tmp_path / "file").write_text("")
@@ -785,7 +853,7 @@ def test_resume_notices_a_setting_that_equals_the_default(here, interrupted):
     (lambda path: torch.save(torch.load(path) | {"networks": {}}, path), ["checkpoint.pt does not fit"]),
     (lambda path: torch.save(torch.load(path) | {"networks": {name: torch.cat([value, value]) if value.ndim else value
      for name, value in torch.load(path)["networks"].items()}}, path), ["checkpoint.pt does not fit", "size mismatch"]),
-    (lambda path: (path.parent / "results.json").write_text("{}"), ["complete", "results.json"]),
+    (lambda path: (path.parent / "results.json").write_text('{"args": {"epochs": 2}}'), ["complete", "results.json"]),
     (lambda path: torch.save(Path, path), ["checkpoint.pt", "not a checkpoint of micu.py"]),  # would run code
 ], ids=["missing", "truncated", "nonsense", "empty", "other dict", "tensor", "other method", "other flags",
         "no weights", "other shapes", "complete", "pickle"])
