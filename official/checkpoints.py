@@ -1,7 +1,7 @@
 """A checkpoint as the authors distribute it, probed on files of features.
 
     python -m official.checkpoints FILE.pt ave.h5 --method micu
-    python -m official.checkpoints FILE.pt ave.h5 --method micu --published      and as their scripts probe it
+    python -m official.checkpoints FILE.pt ave.h5 --method micu --published  # and as their scripts do
 """
 import importlib
 import sys
@@ -131,7 +131,7 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, method: Literal[tuple(
     """Probe a published checkpoint on FILE ..., by the clean protocol, and as published if asked to.
 
     Args:
-        paths: CHECKPOINT FILE ...
+        paths: CHECKPOINT FILE ..., one after the other, before or after all flags.
         method: the method of the checkpoint, where it does not tell.
         tasks: what is probed, see docs/tasks.md; default: classification and open_set, as far as there are labels.
         known: open-set tasks: a number of known first classes, or class numbers such as 0,2,4; default: half of them.

@@ -11,6 +11,7 @@ import data
 from benchmarks import fuzz
 from conftest import ROOT, command
 from data import Batches, Features, InputError
+from probes import Plan
 
 N, T = 24, 3
 AUDIO = np.random.default_rng(0).standard_normal((N, T, 4)).astype(np.float32)
@@ -288,8 +289,35 @@ def test_neighbours_are_read_together(tmp_path, monkeypatch):
     assert [len(clips) for _, clips in features.blocks("audio", np.arange(N))][-1] == N
 
 
-@pytest.mark.slow
+def plan_of(path, *tasks, known=(), score="softmax", target=None) -> Plan:
+    features = Features([path])
+    return Plan(features, features.shapes(), "cpu", tasks, known, score, target and Features([target]))
+
+
+@pytest.mark.parametrize("known, score, said", [
+    (("1",), "softmax", ["1"]), (("1", "2", "0,2", "2,2"), "softmax", ["1", "2,2"]), (("1",), "logit", []),
+    (("1",), "energy", []), ((), "softmax", ["1"])])  # of three classes one is known by default
+def test_softmax_of_a_single_known_class_is_noted(tmp_path, capsys, known, score, said):
+    path = write(tmp_path / "three.h5", label=np.arange(N) // 4 % 3, classes=["a", "b", "c"])
+    assert list(plan_of(path, "open_set", known=known, score=score).tasks) == ["open_set"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: --known {entry}: of a single known class softmax is always sure; try --score logit" for entry in said]
+
+
+def test_an_open_set_of_one_class_is_told_in_the_words_of_the_data(tmp_path, capsys):
+    """Not of a flag that nobody gave: one class in the file, or one in common with the target."""
+    one = write(tmp_path / "one.h5", label=np.zeros(N, int), classes=["dog"])
+    two = write(tmp_path / "two.h5", classes=["dog", "cat"])
+    for source, target, files in ((one, None, one), (two, one, f"{two} and {one}")):
+        line = f"{files}: open_set needs two classes, found dog"
+        assert line_of(lambda: plan_of(source, "open_set", target=target)) == line
+        assert list(plan_of(source, target=target).tasks) == ["classification"]
+        assert f"will not be probed: open_set ({line})" in capsys.readouterr().out.splitlines()
+    assert "--known 1,2: give a number" in line_of(lambda: plan_of(two, known=("1,2",)))
+
+
 # ---------------------------------------------------------------------------------------------------------- any bytes
+@pytest.mark.slow
 def test_damaged_files_are_read_or_refused_in_one_line():
     """Some are endless inside HDF5, which ends with Ctrl-C: see below."""
     found = fuzz.fuzz("features", 200, limit=5)

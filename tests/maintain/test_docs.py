@@ -13,6 +13,7 @@ import tyro
 
 from benchmarks import ablations, tables
 from conftest import ROOT, SCRIPTS, run_here
+from official import checkpoints
 from run import InputError
 
 pytestmark = pytest.mark.maintain
@@ -142,7 +143,8 @@ def test_a_conversion_of_the_recipes_stops_at_the_first_missing_file(command, tm
         run_here("official.convert", *words)
 
 
-@pytest.mark.parametrize("command", commands(TEXT, r"(?:probes\.py|-m official\.protocol|-m official\.checkpoints)"))
+@pytest.mark.parametrize("command", commands(
+    TEXT + checkpoints.__doc__, r"(?:probes\.py|-m official\.protocol|-m official\.checkpoints)"))
 def test_a_probe_of_the_documents_stops_at_the_missing_model(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [word for word in shlex.split(command)[1:] if word not in ("-m", "[FILE", "...]", "...", "FILE")]
