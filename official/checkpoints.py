@@ -131,7 +131,7 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, method: Literal[tuple(
     """Probe a published checkpoint on FILE ..., by the clean protocol, and as published if asked to.
 
     Args:
-        paths: CHECKPOINT FILE ..., one after the other, before or after all flags.
+        paths: CHECKPOINT FILE ..., one after the other, before all flags.
         method: the method of the checkpoint, where it does not tell.
         tasks: what is probed, see docs/tasks.md; default: classification and open_set, as far as there are labels.
         known: open-set tasks: a number of known first classes, or class numbers such as 0,2,4; default: half of them.
