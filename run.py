@@ -103,6 +103,7 @@ def pick_device(name: str) -> torch.device:
         # Let glibc keep what is freed: every step takes the same sizes, and new pages cost a tenth of its time.
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no pages of their own for large blocks, which go when freed
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX: backward, a thread of its own, uses the same heap
     return device
 
 
@@ -396,6 +397,8 @@ class Run:
         self.epoch_steps, self.num_steps = len(batches), self.args.epochs * len(batches)
         self.logged_seconds, self.logged_step = self.seconds["train"], self.step
         self.evaluate, self.losses = evaluate, {}
+        if RANK == 0:
+            print(f"{self.num_steps} steps, {self.epoch_steps} an epoch; log: {self.log_file}", flush=True)
         hidden = not (sys.stdout and sys.stdout.isatty()) or RANK > 0
         with tqdm(total=self.num_steps, initial=self.step, desc=self.method, disable=hidden, dynamic_ncols=True) as bar:
             self.bar, self.clock = bar, time.perf_counter()
