@@ -398,7 +398,8 @@ class Run:
         self.logged_seconds, self.logged_step = self.seconds["train"], self.step
         self.evaluate, self.losses = evaluate, {}
         if RANK == 0:
-            print(f"{self.num_steps} steps, {self.epoch_steps} an epoch; log: {self.log_file}", flush=True)
+            with suppress(BrokenPipeError):  # nobody may be reading
+                print(f"{self.num_steps} steps, {self.epoch_steps} an epoch; log: {self.log_file}", flush=True)
         hidden = not (sys.stdout and sys.stdout.isatty()) or RANK > 0
         with tqdm(total=self.num_steps, initial=self.step, desc=self.method, disable=hidden, dynamic_ncols=True) as bar:
             self.bar, self.clock = bar, time.perf_counter()
