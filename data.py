@@ -203,9 +203,8 @@ class FeatureFile:
             raise InputError(f"{self.path}: rename dataset {name!r}: no dots, no name that PyTorch uses")
         sample = np.unique(np.linspace(0, self.clips - 1, min(16, self.clips)).astype(int))
         if not np.isfinite(self._read(data, name, sample)).all():
-            missing = self.missing(name)
-            self._fail(name, f"NaN or infinity in {missing.sum()} of {self.clips} clips",
-                       "smaller values: float16 holds none above 65504" if missing.all() else FINITE)
+            half = "; float16 holds nothing above 65504" if data.dtype.itemsize == 2 else ""
+            self._fail(name, f"NaN or infinity in {self.missing(name).sum()} of {self.clips} clips", FINITE + half)
         return self.valid.setdefault(name, data)
 
     def missing(self, name: str) -> np.ndarray:
@@ -575,6 +574,7 @@ def check(file: tyro.conf.Positional[str]) -> None:
         lines += [f"  {m}: maps of {shape[1]} x {shape[2]} cells, which encoders pool"] if len(shape) == 4 else []
     for c, name in enumerate(features.classes[:20]):
         lines.append(f"  class {c} {name!r}: {(features.label == c).sum()} clips")
+    lines += ["  ..."] if len(features.classes) > 20 else []
     print("\n".join(lines).encode(errors="replace").decode())
     sizes = ", ".join(f"{split} {len(features.clips(split))}" for split in SPLITS)
     print(f"  {sizes}; one event at most in {len(features.single_event(np.arange(len(features))))} clips", flush=True)

@@ -99,7 +99,8 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: not available here ({first_line(error)}); try --device auto")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    respect_quota()
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         # Let glibc keep what is freed: every step takes the same sizes, and new pages cost a tenth of its time.
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no pages of their own for large blocks, which go when freed
@@ -293,7 +294,6 @@ class Run:
 
     def __init__(self, method: str, args, **limits):
         sys.excepthook = explain_input_errors
-        respect_quota()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training: the HDF5 library never returns from some files
         self.method, self.saved, self.folder, self.signals, self.exit_code = method, None, None, [], 0
         self.started_at = time.perf_counter()
@@ -396,15 +396,17 @@ class Run:
         """The batches of the steps that are left; `evaluate()` -> tags is for --eval-every."""
         self.epoch_steps, self.num_steps = len(batches), self.args.epochs * len(batches)
         self.logged_seconds, self.logged_step = self.seconds["train"], self.step
-        self.evaluate, self.losses = evaluate, {}
+        self.evaluate = evaluate
         if RANK == 0:
             with suppress(BrokenPipeError):  # nobody may be reading
                 print(f"{self.num_steps} steps, {self.epoch_steps} an epoch; log: {self.log_file}", flush=True)
         hidden = not (sys.stdout and sys.stdout.isatty()) or RANK > 0
         with tqdm(total=self.num_steps, initial=self.step, desc=self.method, disable=hidden, dynamic_ncols=True) as bar:
             self.bar, self.clock = bar, time.perf_counter()
-            if self.step and self.checkpoint(self.step):  # --max-steps that were done before
-                sys.exit(self.exit_code)
+            self._probe(self.step)
+            if self.step >= (self.args.max_steps or math.inf):  # steps that an earlier call has taken
+                self._say_stopped(self.step)
+                sys.exit(0)
             for batch in batches.stream(self.step, self.num_steps):
                 yield batch
                 self._count_time("train")
@@ -466,9 +468,13 @@ class Run:
             if RANK == 0:
                 write_atomically(self.folder / "checkpoint.pt", partial(torch.save, self._state()))
         self._probe(step)
-        if stop and RANK == 0:
-            print(f"stopped after step {step} of {self.num_steps}, checkpoint saved{self._go_on()}")
+        if stop:
+            self._say_stopped(step)
         return stop
+
+    def _say_stopped(self, step: int) -> None:
+        if RANK == 0:
+            print(f"stopped after step {step} of {self.num_steps}, checkpoint saved{self._go_on()}")
 
     def _probe(self, step: int) -> None:
         """Log the tags of the probes if --eval-every asks for them, unless that was done before a kill."""

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 import probes
-from benchmarks.ablations import ROOT, SETS
+from benchmarks.ablations import ROOT, SETS, SIZES
 from benchmarks.tables import NAMES, over_directions, read
 from datasets import digits, watch
 from pictures import (BLACK, BLUE, GREEN, GREY, MODALITIES, ORANGE, PALE, PURPLE, RED, SHARING, SKY, STYLE, WIDTH,
@@ -363,7 +363,7 @@ def sizes(method: str):
     panels = figure.subplots(1, 2, sharey=True)
     for ax, data in zip(panels, SETS):
         rows = results(method, data)
-        seeds = {int(name.split()[0]): rows[name] for name in rows if name.endswith(" codes")}
+        seeds = {int(name.split()[0]): rows[name] for name in rows if name in SIZES}
         if not seeds or not default_row(rows):
             raise Missing(f"no rows of other codebook sizes of {method} on {data}")
         seeds[DEFAULT_SIZE[method]] = default_row(rows)

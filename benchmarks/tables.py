@@ -103,13 +103,13 @@ def of_comparators(data: str) -> str:
     """The rows of Uni-Code's Table 1 with the paper's figures beside them, below them the whole method"""
     rows = {name: row for name, row in read("comparators").get(data, {}).items() if row["seeds"]}
     full = read("uni_code").get(data, {}).get("audio and video" if data == "digits" else "default")
-    if not rows or not full:
+    if not rows or not (full and full["seeds"]):
         return "Not run yet.\n"
     rows = {name: rows[name] for name in ROWS["comparators"] if name in rows} | {"Uni-Code": full}
     entries = [(name, metrics_of(row)) for name, row in rows.items()]
     head, rule, *lines = table("row", entries, directions(rows)).splitlines()
     lines = [f"{line} {PAPER.get(name, '–')} |" for line, name in zip(lines, rows)]
-    return "\n".join([f"{head} paper's |", f"{rule}---|", *lines]) + f"\n\n{made_at(list(rows.values()))}"
+    return "\n".join([f"{head} paper's v2a / a2v |", f"{rule}---|", *lines]) + f"\n\n{made_at(list(rows.values()))}"
 
 
 def headline() -> str:
