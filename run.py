@@ -410,6 +410,8 @@ class Run:
             for batch in batches.stream(self.step, self.num_steps):
                 yield batch
                 self._count_time("train")
+        if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)  # what steps had, probes need in other sizes
 
     def _count_time(self, name: str) -> None:
         now = time.perf_counter()
