@@ -5,8 +5,9 @@
     python -m benchmarks.ablations comparators                # what Uni-Code's Table 1 compares with
     python -m benchmarks.tables                               # write the tables of the documents from them
 
-Every number is of the clean protocol, on the embedded sets. Pairs of `digits` are made by class: its rows compare with
-each other and with nothing else. The three rows of HEADLINE have five seeds, the others three.
+A commit with `-dirty` differs by these JSON files alone, which runs write. Every number is of the clean protocol, on
+the embedded sets. Pairs of `digits` are made by class: its rows compare with each other and with nothing else. The
+three rows of HEADLINE have five seeds, the others three.
 """
 import json
 import os
