@@ -571,10 +571,12 @@ def check(file: tyro.conf.Positional[str]) -> None:
         for name, item in zip(names, map(source.h5.get, names)):
             lines += [f"  {name:16} {str(item.shape):26} {item.dtype}"] if isinstance(item, h5py.Dataset) else []
     for m, shape in features.shape.items():
-        lines += [f"  {m}: maps of {shape[1]} x {shape[2]} cells, which encoders pool"] if len(shape) == 4 else []
+        if len(shape) == 4:
+            lines.append(f"  {m}: maps of {shape[1]} x {shape[2]} cells, which encoders pool")
     for c, name in enumerate(features.classes[:20]):
         lines.append(f"  class {c} {name!r}: {(features.label == c).sum()} clips")
-    lines += ["  ..."] if len(features.classes) > 20 else []
+    if len(features.classes) > 20:
+        lines.append("  ...")
     print("\n".join(lines).encode(errors="replace").decode())
     sizes = ", ".join(f"{split} {len(features.clips(split))}" for split in SPLITS)
     print(f"  {sizes}; one event at most in {len(features.single_event(np.arange(len(features))))} clips", flush=True)
