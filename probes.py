@@ -256,7 +256,8 @@ class Codes:
 @torch.no_grad()
 def read_codes(model, encode, features: Features, modality: str, clips, codebook_size: int, device, rows=None) -> Codes:
     """The codes of the clips with these numbers, encoded in the model's present mode; `rows`: those known so far."""
-    index = []
+    # filled in piece by piece: small pieces kept between large ones that come and go would break up the heap
+    index = torch.empty(len(clips), features.shape[modality][0], dtype=torch.long, device=device)
     for i in range(0, len(clips), 200):
         x = torch.from_numpy(features.read(modality, clips[i:i + 200])).to(device).float()
         if not x.isfinite().all():
@@ -265,8 +266,8 @@ def read_codes(model, encode, features: Features, modality: str, clips, codebook
         if rows is None:
             rows = quantized.new_zeros(codebook_size, quantized.shape[-1])
         rows[batch.flatten()] = quantized.flatten(0, 1)  # a code is one vector
-        index.append(batch)
-    return Codes(rows, torch.cat(index))
+        index[i:i + 200] = batch
+    return Codes(rows, index)
 
 
 class ClipProbe(nn.Module):
