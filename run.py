@@ -33,8 +33,10 @@ RANK, WORLD_SIZE = 0, 1
 if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:  # as torchrun sets them; a scheduler has its own ranks
     RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may take
-# What may differ from the run that is resumed: where it goes on, how far, and how often it logs, not how it trains.
-FREE = ("resume", "max_steps", "epochs", "data", "device", "runs_dir", "features_on", "compile", "log_every")
+# What may differ from the run that is resumed: where it goes on, how far, how often it logs and probes; not how it
+# trains.
+FREE = ("resume", "max_steps", "epochs", "data", "device", "runs_dir", "features_on", "compile", "log_every",
+        "eval_every")
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

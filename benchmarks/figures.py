@@ -10,6 +10,7 @@ import json
 import statistics
 import tempfile
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Optional
 
@@ -29,7 +30,7 @@ from pictures import (BLACK, BLUE, GREEN, GREY, MODALITIES, ORANGE, PALE, PURPLE
 from run import git_commit
 
 TAKEN = ROOT / "benchmarks" / "figures.json"  # what is shown of single runs
-DEFAULT_SIZE = {"micu": 400, "uni_code": 400, "codaar": 800}  # codes of the default rows
+DEFAULT_SIZE = {method: import_module(method).Args().codebook_size for method in NAMES}  # codes of the default rows
 COLOURS = dict(zip(NAMES, (BLUE, ORANGE, GREEN)))  # of the methods
 RELEASED = {  # seconds a step as measured by hand, batch 80, two CPU threads, see docs/speed.md: (least, most)
     "digits": {"micu": {"release, fp32": (3.0, 4.1), "release, float64": (9.2, 9.2)},

@@ -588,10 +588,12 @@ def test_damaged_results_are_no_results(here, interrupted):
     assert read_results(interrupted)["steps"] == 8
 
 
-def test_a_resumed_run_may_log_more_often(here, straight):
+def test_a_resumed_run_may_log_and_probe_more_often(here, straight):
     """No bit of the training hangs on it."""
     run = here(*LONG, "--max-steps", 3)
-    here("--resume", str(run), "--log-every", 1)
+    here("--resume", str(run), "--log-every", 1, "--eval-every", 1)
+    probed = [line["step"] for line in read_metrics(run) if any("eval/" in tag for tag in line)]
+    assert probed == [4, 8]
     state, metrics = training_state(run), read_results(run)["metrics"]
     assert [line["step"] for line in state["losses"]] == [4, 5, 6, 7, 8] and metrics == straight[1]
     assert differences(state | {"losses": 0}, straight[0] | {"losses": 0}) == []
