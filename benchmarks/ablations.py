@@ -40,9 +40,9 @@ READINGS = {  # where a comparator hangs on how its paper is read; InfoNCE is MS
     "CODIS, L_code alone": "--align codis --no-contrast",
     "TURN, L_cross alone": "--align turn --no-contrast",
 }
-MAPS = {"unsharpened attention": "--spatial-pool paper", "sum over the map": "--spatial-pool sum"}  # digits alone
+PLAIN = {"unsharpened attention": "--spatial-pool paper"}  # of maps, which digits alone has
 SIZES = {f"{size} codes": f"--codebook-size {size}" for size in (16, 50, 100, 200, 400, 800)}
-ROWS = {  # method: {row: flags}; of `digits` also MAPS and those of DIGITS
+ROWS = {  # method: {row: flags}; of `digits` also those of DIGITS
     "micu": {
         "default": "",
         "as the paper says": "--similarity dot --temperature 1.0 --spatial-pool paper",
@@ -68,7 +68,6 @@ ROWS = {  # method: {row: flags}; of `digits` also MAPS and those of DIGITS
         "no code matching": "--no-cmcm",
         "no reset": "--reset-after 0",
         "no teacher": "--no-teacher",
-        "Baseline": "--lambda-club 0 --no-cpc --no-cmcm --mm-ema none --no-teacher --reset-after 0",
         "start and resets of single outputs": "--codebook-init batch --reset-source batch",
         **ISOLATED, **{name: flags for name, flags in SIZES.items() if "400" not in name},
     },
@@ -80,10 +79,8 @@ ROWS = {  # method: {row: flags}; of `digits` also MAPS and those of DIGITS
         "no DTA": "--no-dta",
         "no DQA": "--no-dqa",
         "no CPC": "--no-cpc",
-        "CPC alone": "--no-dta --no-csa --no-dqa",
         "independent start": "--codebook-init uniform --reset-rule unused --reset-source live",
         "independent start, no CSA": "--codebook-init uniform --reset-rule unused --reset-source live --no-csa",
-        "paired resets": "--reset-source paired",
         **ISOLATED, **{name: flags for name, flags in SIZES.items() if "800" not in name},
     },
     "comparators": {  # alone without resets, of which the papers do not tell; the rows `resets` are the other reading
@@ -96,13 +93,10 @@ ROWS = {  # method: {row: flags}; of `digits` also MAPS and those of DIGITS
     },
 }
 DIGITS = {
-    "micu": {"bf16": "--precision bf16", "audio and video": "--modalities audio video", **MAPS},
-    "uni_code": {"bf16": "--precision bf16", "audio and video": "--modalities audio video", **MAPS,
-                 "map decoded": "--specific map"},
-    "codaar": {"bf16": "--precision bf16", "audio and video": "--modalities audio video", **MAPS,
-               "map decoded": "--specific map", **{f"cascade {order}": f"--cascade {order}" for order in (  # Table 7
-                   "audio text video", "audio video text", "text video audio", "video audio text",
-                   "video text audio")}},
+    "micu": {"bf16": "--precision bf16", **PLAIN},
+    "uni_code": {"audio and video": "--modalities audio video", "map decoded": "--specific map", **PLAIN},
+    "codaar": {"map decoded": "--specific map", **PLAIN, **{f"cascade {order}": f"--cascade {order}" for order in (
+        "audio text video", "audio video text", "text video audio", "video audio text", "video text audio")}},
 }
 
 
