@@ -14,7 +14,7 @@ import torch
 SHARE = 0.1  # a modality shares a code if it makes at least this part of the code's selections
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-MODALITIES = (BLUE, RED, GREEN, YELLOW, PURPLE, BLACK)  # colours in the order of the modalities
+MODALITIES = (BLUE, RED, GREEN, SKY, PURPLE, BLACK)  # colours in the order of the modalities
 SHARING = (SKY, ORANGE, PURPLE, BLACK)  # of codes that 1, 2, 3, more modalities use, as in MICU's Fig. 6
 CLASSES = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, BLACK, YELLOW)
 MARKERS = "os^D"  # of the first eight classes, of the next eight ...

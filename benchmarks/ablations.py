@@ -41,7 +41,7 @@ READINGS = {  # where a comparator hangs on how its paper is read; InfoNCE is MS
     "TURN, L_cross alone": "--align turn --no-contrast",
 }
 PLAIN = {"unsharpened attention": "--spatial-pool paper"}  # of maps, which digits alone has
-SIZES = {f"{size} codes": f"--codebook-size {size}" for size in (16, 50, 100, 200, 400, 800)}
+SIZES = {f"{size} codes": f"--codebook-size {size}" for size in (16, 50, 200, 400, 800)}
 ROWS = {  # method: {row: flags}; of `digits` also those of DIGITS
     "micu": {
         "default": "",
