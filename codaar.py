@@ -71,8 +71,8 @@ class Optimisation:
     epochs: int = 6  # passes over the train split
     batch_size: int = 80  # clips per step, B
     learning_rate: float = 4e-4  # of Adam
-    # how a map (H x W cells a segment) becomes a vector: sharpened attention, as in the paper, or a sum (released)
-    spatial_pool: Literal["attention", "paper", "sum"] = "attention"
+    # how a map (H x W cells a segment) becomes a vector: sharpened attention, `plain` attention, or a sum (released)
+    spatial_pool: Literal["attention", "plain", "sum"] = "attention"
     clip: Literal["all", "module"] = "all"  # gradients to a norm of 0.5: all together, or each network's (released)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; distances, EMA and losses are fp32
     compile: bool = False  # compile the encoders
@@ -106,7 +106,7 @@ class SpatialPool(nn.Module):
     """Feature maps to vectors, (B, T, H, W, d) -> (B, T, d): a channel gate, then attention over the H * W cells."""
 
     # Scores lie in (-1, 1): unsharpened, no cell of 49 can get more than 13 % of the weight.
-    SHARPNESS = {"attention": 10.0, "paper": 1.0}
+    SHARPNESS = {"attention": 10.0, "plain": 1.0}
 
     def __init__(self, width: int, hidden: int, kind: str):
         super().__init__()

@@ -40,29 +40,27 @@ READINGS = {  # where a comparator hangs on how its paper is read; InfoNCE is MS
     "CODIS, L_code alone": "--align codis --no-contrast",
     "TURN, L_cross alone": "--align turn --no-contrast",
 }
-PLAIN = {"unsharpened attention": "--spatial-pool paper"}  # of maps, which digits alone has
+PLAIN = {"unsharpened attention": "--spatial-pool plain"}  # of maps, which digits alone has
 SIZES = {f"{size} codes": f"--codebook-size {size}" for size in (16, 50, 200, 400, 800)}
 ROWS = {  # method: {row: flags}; of `digits` also those of DIGITS
     "micu": {
         "default": "",
-        "as the paper says": "--similarity dot --temperature 1.0 --spatial-pool paper",
+        "as the paper says": "--similarity dot --temperature 1.0",
         "as released": f"--mask-axis time --mm-ema --lambda-cujp 1 --cujp-splits 2 {RELEASED}",
         "no coarse": "--lambda-coarse 0",
         "no fine": "--lambda-fine 0",
         "no jigsaw": "--lambda-cujp 0",
         "MMJP": "--jigsaw mmjp",
         "time mask": "--mask-axis time",
-        "dot product, temperature 1": "--similarity dot --temperature 1.0",
         "start and resets of single outputs": "--codebook-init batch --reset-source batch",
         **ISOLATED, **{name: flags for name, flags in SIZES.items() if "400" not in name},
     },
     "uni_code": {
         "default": "",
-        "as the paper says": "--lambda-club 1 --spatial-pool paper",
+        "as the paper says": "--lambda-club 1",
         "as released": f"--lambda-club 1 --specific map --mm-ema time-aligned {RELEASED}",
         "no CLUB": "--lambda-club 0",
-        "CLUB's weight 1": "--lambda-club 1",
-        "CLUB's weight 1, clipped per network": "--lambda-club 1 --clip module",
+        "as the paper says, clipped per network": "--lambda-club 1 --clip module",
         "no CPC": "--no-cpc",
         "no MM-EMA": "--mm-ema none",
         "no code matching": "--no-cmcm",
@@ -73,14 +71,13 @@ ROWS = {  # method: {row: flags}; of `digits` also those of DIGITS
     },
     "codaar": {
         "default": "",
-        "as the paper says": "--codebook-init uniform --reset-rule unused --reset-source live --spatial-pool paper",
+        "as the paper says": "--codebook-init uniform --reset-rule unused --reset-source live",
         "as released": f"--specific map {RELEASED}",
         "no CSA": "--no-csa",
         "no DTA": "--no-dta",
         "no DQA": "--no-dqa",
         "no CPC": "--no-cpc",
-        "independent start": "--codebook-init uniform --reset-rule unused --reset-source live",
-        "independent start, no CSA": "--codebook-init uniform --reset-rule unused --reset-source live --no-csa",
+        "as the paper says, no CSA": "--codebook-init uniform --reset-rule unused --reset-source live --no-csa",
         **ISOLATED, **{name: flags for name, flags in SIZES.items() if "800" not in name},
     },
     "comparators": {  # alone without resets, of which the papers do not tell; the rows `resets` are the other reading

@@ -510,7 +510,7 @@ def test_cell_mean_leaves_vectors_as_they_are(script):
 
 
 # --------------------------------------------------------------------------------------------------------- SpatialPool
-SHARPNESS = {"attention": 10.0, "paper": 1.0}
+SHARPNESS = {"attention": 10.0, "plain": 1.0}
 
 
 def make_pool(script, kind, width=3, hidden=4):
@@ -541,7 +541,7 @@ def slow_pool(pool, kind, x):
 
 
 @ALL
-@pytest.mark.parametrize("kind", ["attention", "paper", "sum"])
+@pytest.mark.parametrize("kind", ["attention", "plain", "sum"])
 def test_spatial_pool_equals_the_loop_over_cells(script, kind):
     pool = make_pool(script, kind)
     x = rand(2, 3, 7, 5, 3, grad=True)
@@ -552,7 +552,7 @@ def test_spatial_pool_equals_the_loop_over_cells(script, kind):
 
 
 @ALL
-@pytest.mark.parametrize("kind, factor", [("attention", 1), ("paper", 1), ("sum", 35)])
+@pytest.mark.parametrize("kind, factor", [("attention", 1), ("plain", 1), ("sum", 35)])
 def test_spatial_pool_gives_a_constant_map_back_times_one_plus_the_gate(script, kind, factor):
     """The weights of the cells sum to one, or all are one (`sum`)."""
     pool = make_pool(script, kind)
@@ -562,7 +562,7 @@ def test_spatial_pool_gives_a_constant_map_back_times_one_plus_the_gate(script, 
 
 
 @ALL
-@pytest.mark.parametrize("kind", ["attention", "paper"])
+@pytest.mark.parametrize("kind", ["attention", "plain"])
 def test_spatial_pool_weights_sum_to_one_also_where_cells_differ(script, kind):
     pool = make_pool(script, kind)
     x = rand(2, 3, 7, 5, 3)
@@ -572,7 +572,7 @@ def test_spatial_pool_weights_sum_to_one_also_where_cells_differ(script, kind):
 
 
 @ALL
-@pytest.mark.parametrize("kind", ["attention", "paper", "sum"])
+@pytest.mark.parametrize("kind", ["attention", "plain", "sum"])
 def test_spatial_pool_reads_cells_in_any_order_and_every_segment_for_itself(script, kind):
     pool = make_pool(script, kind)
     x = rand(2, 3, 7, 5, 3)
@@ -587,13 +587,13 @@ def test_spatial_pool_reads_cells_in_any_order_and_every_segment_for_itself(scri
 
 
 @ALL
-def test_spatial_pool_sharpens_what_the_papers_attention_prefers(script):
+def test_spatial_pool_sharpens_what_plain_attention_prefers(script):
     """Of two kinds of cells the log of the ratio of their weights is ten times as large."""
     x = torch.zeros(1, 1, 5, 5, 3, dtype=torch.float64)
     x[..., 0] = 1
     x[0, 0, 0, 0, 1] = 1  # one cell differs
     log_ratio = []
-    for kind in ("paper", "attention"):
+    for kind in ("plain", "attention"):
         pool = make_pool(script, kind, hidden=32)
         gate = pool.gate(x.mean((2, 3)))
         share = pool(x)[0, 0, 1] / (1 + gate[0, 0, 1])  # the weight of that cell

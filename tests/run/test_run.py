@@ -951,7 +951,7 @@ STEPS = [*"--batch-size 6 --codebook-size 48 --code-dim 32 --reset-after 2 --epo
 FLAGS = {
     "shared": ["--codebook-size 40", "--codebook-init uniform", "--codebook-init batch", "--reset-after 3",
                "--reset-after 0", "--reset-rule unused", "--reset-source batch", "--reset-source live",
-               "--spatial-pool sum", "--spatial-pool paper", "--clip module", "--ema-decay 0.9", "--code-dim 64",
+               "--spatial-pool sum", "--spatial-pool plain", "--clip module", "--ema-decay 0.9", "--code-dim 64",
                "--learning-rate 1e-3", "--batch-size 7", "--modalities audio video", "--precision bf16"],
     "micu": ["--mask-ratio 0.5", "--mask-axis time", "--mask-sharing different", "--similarity dot",
              "--temperature 1.0", "--jigsaw mmjp", "--cujp-splits 4", "--cujp-samples 3", "--cujp-samples 0",
