@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 import probes
-from benchmarks.ablations import ROOT, SETS, SIZES
+from benchmarks.ablations import ROOT, SETS, SIZES, rows_of
 from benchmarks.tables import NAMES, over_directions, read
 from datasets import digits, watch
 from pictures import (BLACK, BLUE, GREEN, GREY, MODALITIES, ORANGE, PALE, PURPLE, RED, SHARING, SKY, STYLE, WIDTH,
@@ -314,8 +314,9 @@ def bars(ax, names: list, values: list, colour) -> None:
 
 
 def ablations(method: str, data: str):
-    """Every row of a method on one set: accuracy, AUROC and agreement"""
-    rows = results(method, data)
+    """Every row of a method on one set, but for those of `sizes`: accuracy, AUROC and agreement"""
+    found = results(method, data)
+    rows = {name: found[name] for name in rows_of(method, data) if name in found and name not in SIZES}
     if not rows:
         raise Missing(f"no rows of {method} on {data}")
     figure = Figure((WIDTH, 1.0 + 0.27 * len(rows)), layout="constrained")
@@ -325,7 +326,7 @@ def ablations(method: str, data: str):
         ax.set(xlabel=title, xlim=(0, 100))
     bars(axes[2], list(rows), [[100 * seed["eval/codebook/agreement"] for seed in seeds] for seeds in rows.values()],
          COLOURS[method])
-    axes[2].set(xlabel="agreement of codes, %")
+    axes[2].set(xlabel="agreement, %")
     figure.suptitle(f"{NAMES[method]} on {data}: mean over directions and seeds, its spread over seeds, a dot a seed",
                     fontsize=11)
     return figure
