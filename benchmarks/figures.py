@@ -272,11 +272,11 @@ def threshold():
     return figure
 
 
-def transfer(method: str):
+def transfer(method: str, data: str):
     """Accuracy and AUROC of every direction over the training"""
-    found = taken("course").get(method)
+    found = taken("course").get(f"{method}_{data}")
     if not found:
-        raise Missing(f"no course of {method}: python -m benchmarks.figures --course RUN")
+        raise Missing(f"no course of {method} on {data}: python -m benchmarks.figures --course RUN")
     figure = Figure((WIDTH, 3.4), layout="constrained")
     for ax, (ending, title) in zip(figure.subplots(1, 2), (("acc", "accuracy, %"), ("auroc", "AUROC, %"))):
         tags = [tag for tag in found["course"][-1] if tag.endswith(f"/{ending}")]
@@ -427,7 +427,7 @@ FIGURES = {"task.svg": task, "clip_digits.png": clip_digits, "clip_watch.svg": c
 FIGURES |= {f"ablations_{method}_{data}.svg": partial(ablations, method, data)
             for method in NAMES for data in SETS}
 FIGURES |= {f"sizes_{method}.svg": partial(sizes, method) for method in NAMES}
-FIGURES |= {f"transfer_{method}.svg": partial(transfer, method) for method in NAMES}
+FIGURES |= {f"transfer_{method}_{data}.svg": partial(transfer, method, data) for method in NAMES for data in SETS}
 
 
 def draw(folder: Path) -> None:
@@ -448,7 +448,7 @@ def main(pairs: Optional[str] = None, course: tuple[str, ...] = ()) -> None:
         found["pairs"] = open_set_of(pairs)
     for run in course:
         results = course_of(run)
-        found.setdefault("course", {})[results["method"]] = results
+        found.setdefault("course", {})[f"{results['method']}_{results['data']}"] = results
     if pairs or course:
         TAKEN.write_text(json.dumps(found) + "\n")
     draw(ROOT / "docs" / "pictures")
