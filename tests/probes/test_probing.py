@@ -287,8 +287,14 @@ def test_loading(run, tiny):
         assert torch.equal(model.quantizer.codebook, model_for(Features([tiny])).quantizer.codebook)
 
 
+def with_a_choice_that_is_gone(path) -> None:
+    state = torch.load(path)
+    state["args"]["spatial_pool"] = "paper"
+    torch.save(state, path)
+
+
 @pytest.mark.parametrize("spoil", [
-    lambda path: path.unlink(), lambda path: path.write_bytes(b"nonsense"),
+    lambda path: path.unlink(), lambda path: path.write_bytes(b"nonsense"), with_a_choice_that_is_gone,
     lambda path: torch.save({"weights": torch.zeros(2)}, path), lambda path: torch.save({"method": "os"}, path)])
 @pytest.mark.parametrize("main", [probes.main, protocol.main])
 def test_without_a_checkpoint(run, spoil, main):
