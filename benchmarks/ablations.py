@@ -94,8 +94,7 @@ ROWS = {  # method: {row: flags}; of `digits` also those of DIGITS
 DIGITS = {
     "micu": {"bf16": "--precision bf16", **PLAIN},
     "uni_code": {"audio and video": "--modalities audio video", "map decoded": "--specific map", **PLAIN},
-    "codaar": {"map decoded": "--specific map", **PLAIN, **{f"cascade {order}": f"--cascade {order}" for order in (
-        "audio text video", "audio video text", "text video audio", "video audio text", "video text audio")}},
+    "codaar": {"map decoded": "--specific map", "cascade reversed": "--cascade video audio text", **PLAIN},
 }
 
 
