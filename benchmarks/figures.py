@@ -10,7 +10,6 @@ import json
 import statistics
 import tempfile
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Optional
 
@@ -23,14 +22,13 @@ from matplotlib.patches import FancyBboxPatch
 
 import probes
 from benchmarks.ablations import ROOT, SETS, SIZES, rows_of
-from benchmarks.tables import NAMES, over_directions, read
+from benchmarks.tables import DEFAULT_SIZE, NAMES, over_directions, read
 from datasets import digits, watch
 from pictures import (BLACK, BLUE, GREEN, GREY, MODALITIES, ORANGE, PALE, PURPLE, RED, SHARING, SKY, STYLE, WIDTH,
                       histogram)
 from run import git_commit
 
 TAKEN = ROOT / "benchmarks" / "figures.json"  # what is shown of single runs
-DEFAULT_SIZE = {method: import_module(method).Args().codebook_size for method in NAMES}  # codes of the default rows
 COLOURS = dict(zip(NAMES, (BLUE, ORANGE, GREEN)))  # of the methods
 RELEASED = {  # seconds a step as measured by hand, batch 80, two CPU threads, see docs/speed.md: (least, most)
     "digits": {"micu": {"release, fp32": (3.0, 4.1), "release, float64": (9.2, 9.2)},

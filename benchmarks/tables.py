@@ -11,11 +11,14 @@ import json
 import re
 import statistics
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from benchmarks.ablations import HEADLINE, ROOT, ROWS, SETS, rows_of
 
 NAMES = {"micu": "MICU", "uni_code": "Uni-Code", "codaar": "CoDAAR"}
+DEFAULT_SIZE = {method: import_module(method).Args().codebook_size for method in NAMES}  # K
+DEFAULT_SIZE["comparators"] = import_module("benchmarks.comparators").Args().codebook_size
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAPER = {  # Uni-Code's Table 1: AVE after VGGSound-AVEL 40K, v2a and a2v
     "Baseline": "5.5 / 5.4", "S-MiT": "14.4 / 15.9", "MST": "19.5 / 23.1", "CODIS": "20.8 / 26.4",
@@ -47,15 +50,16 @@ def over_directions(seeds: list, ending: str) -> list:
     return found
 
 
-def cells(seeds: list, ways: list) -> list:
-    """The columns of one row"""
+def cells(seeds: list, size: int, ways: list) -> list:
+    """The columns of one row, `size` being its number of codes"""
     shown = [cell(over_directions(seeds, "acc"))]
     for way in ways:
         tag = f"eval/classification/{way}/acc"
         shown.append(cell([100 * metrics[tag] for metrics in seeds if tag in metrics]))
     shown += [cell(over_directions(seeds, name)) for name in ("auroc", "hos", "hos_source", "hos_oracle")]
     codes = [tag for tag in seeds[0] if tag.startswith("eval/codebook/used_")]
-    shown.append("/".join(cell([statistics.mean(metrics[tag] for metrics in seeds)], 0) for tag in codes))
+    used = "/".join(cell([statistics.mean(metrics[tag] for metrics in seeds)], 0) for tag in codes)
+    shown.append(f"{used} of {size}")
     chance = cell([statistics.mean(100 * metrics["eval/codebook/agreement_chance"] for metrics in seeds)])
     return [*shown, f"{cell([100 * metrics['eval/codebook/agreement'] for metrics in seeds])} ({chance})"]
 
@@ -68,21 +72,23 @@ def directions(rows: dict) -> list:
 
 
 def table(title: str, entries: list, ways: list) -> str:
-    """entries: (name, [metrics of each seed])"""
+    """entries: (name, [metrics of each seed], number of codes)"""
     head = [title, "seeds", "accuracy", *ways, "AUROC", "HOS", "HOS, source's threshold", "HOS, best threshold",
             "codes", "agreement (chance)"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, seeds in entries:
-        lines.append("| " + " | ".join([name, str(len(seeds)), *cells(seeds, ways)]) + " |")
+    for name, seeds, size in entries:
+        lines.append("| " + " | ".join([name, str(len(seeds)), *cells(seeds, size, ways)]) + " |")
     return "\n".join(lines)
 
 
-def metrics_of(row: dict) -> list:
-    return [seed["metrics"] for seed in row["seeds"].values()]
+def entry(name: str, method: str, row: dict) -> tuple:
+    """What `table` shows of a row"""
+    size = re.search(r"--codebook-size (\d+)", row["command"])
+    return name, [seed["metrics"] for seed in row["seeds"].values()], int(size[1]) if size else DEFAULT_SIZE[method]
 
 
 def made_at(rows: list) -> str:
-    commits = sorted({seed["git"] for row in rows for seed in row["seeds"].values()})
+    commits = sorted({seed["git"].removesuffix("-dirty") for row in rows for seed in row["seeds"].values()})
     return f"Made at commit {', '.join(commits)}.\n"
 
 
@@ -95,7 +101,7 @@ def of_method(method: str, data: str) -> str:
     for name in rows_of(method, data):
         if name in rows and rows[name]["seeds"]:
             flags = rows_of(method, data)[name]
-            entries.append((f"{name} `{flags}`" if flags else name, metrics_of(rows[name])))
+            entries.append(entry(f"{name} `{flags}`" if flags else name, method, rows[name]))
     return table("row", entries, directions(rows)) + f"\n\n{made_at(list(rows.values()))}"
 
 
@@ -106,7 +112,8 @@ def of_comparators(data: str) -> str:
     if not rows or not (full and full["seeds"]):
         return "Not run yet.\n"
     rows = {name: rows[name] for name in ROWS["comparators"] if name in rows} | {"Uni-Code": full}
-    entries = [(name, metrics_of(row)) for name, row in rows.items()]
+    flags = {name: f" `{flags}`" for name, flags in ROWS["comparators"].items() if flags}
+    entries = [entry(name + flags.get(name, ""), "comparators", row) for name, row in rows.items()]
     head, rule, *lines = table("row", entries, directions(rows)).splitlines()
     lines = [f"{line} {PAPER.get(name, '–')} |" for line, name in zip(lines, rows)]
     return "\n".join([f"{head} paper's v2a / a2v |", f"{rule}---|", *lines]) + f"\n\n{made_at(list(rows.values()))}"
@@ -119,7 +126,7 @@ def headline() -> str:
         rows = {(method, name): read(method).get(data, {}).get(name) for method in ROWS for name in HEADLINE}
         rows = {key: row for key, row in rows.items() if row and row["seeds"]}
         if rows:
-            entries = [(f"{NAMES[method]}, {name}", metrics_of(row)) for (method, name), row in rows.items()]
+            entries = [entry(f"{NAMES[method]}, {name}", method, row) for (method, name), row in rows.items()]
             parts.append(table(data, entries, []) + "\n")
             shown += rows.values()
     return "\n".join([*parts, made_at(shown)]) if parts else "Not run yet.\n"
