@@ -118,7 +118,7 @@ def plane(codebook, used):
 
 def codebook_map(codebook, selections: dict, by_class, classes: list):
     """The codes (K, D) in a plane, larger the more they are selected {m: (K,)}: on the left coloured by how many
-    modalities share each, on the right by the class of most of the clips that select it, by_class (C, K)."""
+    modalities share each, on the right by the class in whose clips it is selected most, by_class (C, K)."""
     users, total = owners(selections)
     place, share = plane(codebook, total > 0)
     size = 6 + 60 * (total / total.max().clamp(min=1)).numpy()
@@ -138,7 +138,7 @@ def codebook_map(codebook, selections: dict, by_class, classes: list):
     axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, handletextpad=0.1)
     if not classes:
         return figure
-    axes[1].set_title("class of most clips that select it")
+    axes[1].set_title("class in whose clips it is selected most")
     best, some = by_class.argmax(0).numpy(), by_class.sum(0).numpy() > 0
     if len(classes) > NAMED:
         shown = axes[1].scatter(*place[some].T, size[some], best[some], cmap="viridis", **drawn)
@@ -177,14 +177,17 @@ def histogram(ax, confidence, known, thresholds: dict, score: str) -> None:
     """How the confidence (N,) of `known` and of unknown clips lies to the thresholds {rule: threshold}."""
     lines = {"hos_source": ("threshold of the source", "--"), "hos": ("threshold from pairs", "-")}
     everything = np.append(confidence, list(thresholds.values()))
-    edges = np.histogram_bin_edges(everything, 30)
     if score == "softmax":  # most lie near 1: 0.9, 0.99 and 0.999 are drawn equally far apart
         confidence, everything = confidence.clip(1e-4, 1 - 1e-4), everything.clip(1e-4, 1 - 1e-4)
+        thresholds = {rule: min(max(threshold, 1e-4), 1 - 1e-4) for rule, threshold in thresholds.items()}
         edges = 1 / (1 + np.exp(-np.histogram_bin_edges(np.log(everything / (1 - everything)), 30)))
+        edges[0], edges[-1] = min(edges[0], everything.min()), max(edges[-1], everything.max())  # rounding loses none
         ax.set_xscale("logit")
         ax.set_xticks(TICKS, TICKS)
         ax.minorticks_off()
         ax.set_xlim(edges[0], edges[-1])
+    else:
+        edges = np.histogram_bin_edges(everything, 30)
     for of, kind, label in ((known, {"color": SKY, "fill": True}, "known classes"),
                             (~known, {"color": RED, "linewidth": 2}, "unknown classes")):
         counts, _ = np.histogram(confidence[of], edges)
@@ -203,7 +206,8 @@ def confidences(found: dict, score: str):
         ax.set_title(f"{source} \u2192 {target}")
     figure.supxlabel(f"confidence ({score})")
     figure.supylabel("clips, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    entries = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=2)
     return figure
 
 

@@ -86,11 +86,14 @@ def hos_curve(confidence, prediction, target, num_known: int):
     return ascending, 2 * os_star * unk / (os_star + unk).clamp(min=1e-12)
 
 
-def paired_threshold(confidence, prediction, told, num_known: int) -> float:
+def paired_threshold(source_accepts, source_prediction, target_confidence, target_prediction, num_known: int) -> float:
     """The target's open-set threshold from pairs without labels: at which its decisions agree best, by HOS, with what
-    the source says of its half of each pair, `told`: a class, or `num_known` where it rejects. All (N,), N > 0; where
-    the source rejects none or all of them, the lowest confidence."""
-    thresholds, hos = hos_curve(confidence, prediction, told, num_known)
+    the source says of its half of each pair: a class, or nothing where it does not accept. All (N,), N > 0; where the
+    source rejects none or all of them, the lowest confidence. Raises ValueError on unequal shapes."""
+    for tensor in (source_prediction, target_confidence, target_prediction):
+        require_shape("one of source_prediction, target_confidence, target_prediction", tensor, (len(source_accepts),))
+    told = torch.where(source_accepts, source_prediction, num_known)
+    thresholds, hos = hos_curve(target_confidence, target_prediction, told, num_known)
     return thresholds[hos.argmax()].item()
 
 
@@ -418,8 +421,8 @@ class Plan:
     `features` itself. `tasks`: of TASKS; without any, those of DEFAULT_TASKS that can be done. `known` and `class_map`
     are as on the command line. `every_clip` (`official.protocol`): no clips are held out, and with a target all clips
     of either side are trained or tested on. `pairs`: clips of whose modalities the open set learns the target's
-    threshold, those of the validation split if there are any; default: the source's. Raises InputError if what was
-    asked for cannot be done."""
+    threshold, those of the validation split, or without one those of the train split; default: the source's. Raises
+    InputError if what was asked for cannot be done."""
 
     def __init__(self, features: Features, shape: dict, device, tasks: tuple = (), known: tuple = (),
                  score: str = "softmax", target: Features | None = None, class_map: tuple = (),
@@ -448,8 +451,8 @@ class Plan:
         if every_clip:
             del self.parts["val"]
         if pairs:
-            held_out = pairs.clips("val")
-            index = held_out if len(held_out) else np.arange(len(pairs))
+            index = pairs.clips("val") if 1 in pairs.split else pairs.clips("train")
+            self.require(len(index), f"--pairs {pairs.files[0].path} holds test clips alone, which must not be looked at")
             self.pairs = Clips(pairs, index, pairs.classes, self.classes, self.device)
             ways = ((a, b) for a, targets in self.directions.items() for b in targets)
             self.require(any(self.has_pairs(*way) for way in ways), f"--pairs {pairs.files[0].path} holds no two "
@@ -652,8 +655,8 @@ def paired_thresholds(plan: Plan, judge, source: str, target: str, at_source: di
     ours, said = judge(plan.codes(plan.pairs, source))
     found = {}
     for name, confidence in theirs.items():
-        told = torch.where(ours[name] >= at_source[name], said, unknown)
-        found[name] = torch.tensor(paired_threshold(confidence, prediction, told, unknown))
+        accepts = ours[name] >= at_source[name]
+        found[name] = torch.tensor(paired_threshold(accepts, said, confidence, prediction, unknown))
     return found
 
 
@@ -729,11 +732,12 @@ def localization(plan: Plan) -> dict:
 
 # ---------------------------------------------------------------------------------------------------- tasks: retrieval
 def groups(features: Features, clips):
-    """What is one item for retrieval: the group of each clip, told apart by file; without groups the clip itself."""
-    if not all("group" in file.names for file in features.files):
-        return torch.from_numpy(clips)
-    pairs = np.stack([np.searchsorted(features.starts, clips, side="right"), features.read("group", clips)])
-    return torch.from_numpy(np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1))
+    """What is one item for retrieval: the group of each clip, told apart by file; in a file without groups the clip."""
+    owner, group = np.searchsorted(features.starts, clips, side="right") - 1, np.array(clips)
+    for f, file in enumerate(features.files):
+        if "group" in file.names:
+            group[owner == f] = file.read("group", clips[owner == f] - features.starts[f])
+    return torch.from_numpy(np.unique(np.stack([owner, group]), axis=1, return_inverse=True)[1].reshape(-1))
 
 
 @dataclass
@@ -811,7 +815,7 @@ def check_x_retrieval(plan: Plan) -> None:
 
 def x_retrieval(plan: Plan) -> dict:
     """Uni-Code's Table 5: a map from the mean codes of one modality to those of another is trained; a third modality's
-    codes go through it, untouched, to retrieve the other's. Tags `a2b_to_c`: trained with queries of a, tested with
+    codes go through it, untouched, to retrieve the other's. It learns from one clip of each group. Tags `a2b_to_c`: trained with queries of a, tested with
     queries of b; `same_r10` are those of a, `zero_r10` b's without any map. What is right is as in `retrieval`."""
     tags, item, taught, train = {}, {}, {}, plan.parts["train"]
     first = np.unique(groups(train.features, train.index).numpy(), return_index=True)[1]  # one clip a group
@@ -867,7 +871,7 @@ def frames(part: Clips, seen: str, rows):
     """Of some clips: maps (B, T, H, W, d), masks (B, T, h, w) of their class, and which frames have one (B, T)"""
     clips = part.index[rows.numpy()]
     mask = torch.from_numpy(part.features.read("mask", clips)).to(part.device)
-    label = torch.from_numpy(part.features.label[clips]).to(part.device)  # the file's own
+    label = torch.from_numpy(part.features.label[clips]).long().to(part.device)  # the file's own
     maps = torch.from_numpy(part.features.read(seen, clips)).to(part.device).float()
     return maps, (mask == label[:, None, None, None] + 1).float(), (mask != NOT_ANNOTATED).flatten(2).all(2)
 
@@ -943,7 +947,8 @@ def segmentation(plan: Plan) -> dict:
     right = {m: event_code(plan, test, m) for m in taught}
     nobody = torch.zeros_like(next(iter(taught.values()))[:1])
     decoder = fit_decoders(train, plan.seen, plan.cell, {"nobody": nobody.expand(len(train), -1), **taught})
-    other = torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).to(plan.device)
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    other = torch.empty_like(order).scatter(0, order, order.roll(1)).to(plan.device)  # for no clip the clip itself
     asked, tags = {}, {}
     for a, b in itertools.permutations(taught, 2):
         asked[a, b, "miou"] = decoder[a], right[b]
@@ -1059,6 +1064,8 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[T
         out: a JSON file for all figures, those of the other scores as well.
         pictures: a folder for pictures of what was found, and of the training of RUN.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`."""
+    if codes and out:
+        raise InputError("--codes probes nothing: leave out --out")
     (method, args, shape, model, epoch), source, target = open_run(paths, target, out or codes)
     if epoch < args.epochs:
         note(f"{paths[0]}: not trained to its end, {epoch} of {args.epochs} epochs")
@@ -1073,7 +1080,8 @@ def main(paths: tyro.conf.Positional[tuple[str, ...]], *, tasks: tuple[Literal[T
     report(tags, out)
     if pictures:
         try:
-            plan.show(model.quantizer.codebook, paths[0], pictures)
+            folder = paths[0] if os.path.isdir(paths[0]) else os.path.dirname(paths[0])  # of RUN/checkpoint.pt
+            plan.show(model.quantizer.codebook, folder, pictures)
         except Exception as error:  # a package is missing, or the folder cannot be written
             raise InputError(f"--pictures {pictures}: {first_line(error)}")
 

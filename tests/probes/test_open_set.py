@@ -151,6 +151,27 @@ def test_of_the_pairs_no_label_is_looked_at(tmp_path):
         assert tags["open_set_3/a2t/hos"] > tags["open_set_3/a2t/hos_source"] + 0.2
 
 
+def test_a_threshold_is_never_found_on_test_clips_of_the_pairs(tmp_path):
+    def of(splits):
+        def change(h5):
+            h5["split"][:] = np.resize(splits, CLIPS)
+        return change
+
+    audio, text = (write_pairs(tmp_path / f"{m}.h5", names=(m,)) for m in SHAPE)
+    some = write_pairs(tmp_path / "some.h5", seed=5, change=of([0, 2, 2]))
+    plan, _ = ask(audio, text, some)
+    assert plan.pairs.index.tolist() == list(range(0, CLIPS, 3))
+    with pytest.raises(InputError, match="--pairs .*none.h5 holds test clips alone"):
+        ask(audio, text, write_pairs(tmp_path / "none.h5", seed=5, change=of([2])))
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_the_paired_threshold_wants_as_many_of_each(wrong):
+    arguments = [torch.zeros(4 + (i == wrong)) for i in range(3)]
+    with pytest.raises(ValueError, match="source_prediction, target_confidence, target_prediction"):
+        paired_threshold(torch.ones(4, dtype=bool), *arguments, 3)
+
+
 def test_without_pairs_there_is_no_hos_and_the_table_says_so(tmp_path):
     audio, text = (write_pairs(tmp_path / f"{m}.h5", names=(m,)) for m in SHAPE)
     _, tags = ask(audio, text)
@@ -210,5 +231,5 @@ def test_the_source_rejects_the_least_sure_of_its_own(file, monkeypatch, share):
 
 def test_a_source_that_rejects_no_pair_makes_the_target_accept_all():
     confidence, prediction = torch.rand(20), torch.randint(3, (20,))
-    threshold = paired_threshold(confidence, prediction, prediction, 3)
+    threshold = paired_threshold(torch.ones(20, dtype=bool), prediction, confidence, prediction, 3)
     assert (confidence >= threshold).all()

@@ -304,6 +304,11 @@ def test_without_a_checkpoint(run, spoil, main):
     assert "\n" not in str(caught.value)
 
 
+def test_codes_and_figures_are_two_commands(run):
+    with pytest.raises(InputError, match="--codes probes nothing: leave out --out"):
+        command(probes.main, run, "--codes", "codes.h5", "--out", "out.json")
+
+
 def test_the_command_line_prints_and_writes_what_evaluate_gives(run, tiny, capsys):
     command(probes.main, run, "--known", "5", "--score", "energy", "--out", "out.json")
     found = json.loads((run.parent / "out.json").read_text())

@@ -38,7 +38,7 @@ def test_hos_of_every_threshold_equals_the_loop(seed, levels):
     thresholds, curve = probes.hos_curve(confidence, prediction, target, 4)
     assert thresholds.tolist() == sorted(confidence.tolist())
     assert curve.tolist() == pytest.approx([hos(threshold) for threshold in thresholds])
-    best = probes.paired_threshold(confidence, prediction, target, 4)
+    best = probes.paired_threshold(target < 4, target, confidence, prediction, 4)
     assert hos(best) == pytest.approx(max(map(hos, confidence.tolist()))) and best in confidence.double()
 
 
@@ -272,6 +272,15 @@ def test_groups_of_two_files_are_not_one(tmp_path):
         h5["group"] = np.arange(CLIPS) // 2
     features = Features([write_toy(tmp_path / f"{name}.h5", grouped) for name in "ab"])
     assert len(probes.groups(features, np.arange(2 * CLIPS)).unique()) == CLIPS
+
+
+def test_a_file_without_groups_takes_none_from_another(tmp_path):
+    def grouped(h5, split):
+        h5["group"] = np.arange(CLIPS) // 2
+    features = Features([write_toy(tmp_path / "a.h5"), write_toy(tmp_path / "b.h5", grouped)])
+    group = probes.groups(features, np.arange(2 * CLIPS))
+    assert len(group[:CLIPS].unique()) == CLIPS and len(group.unique()) == CLIPS + CLIPS // 2
+    assert (group[CLIPS::2] == group[CLIPS + 1::2]).all()
 
 
 def test_masks_of_two_sizes(tmp_path, toy):

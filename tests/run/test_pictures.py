@@ -115,6 +115,25 @@ def test_confusion_counts_the_clips_of_a_class_by_what_the_probe_says():
     assert "50.0%" in ax.get_title() and [text.get_text() for text in ax.get_yticklabels()] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("score", ["softmax", "energy"])
+@pytest.mark.parametrize("top", [0.9990231, 0.99999999, 0.5])
+def test_a_histogram_counts_every_clip_and_shows_every_threshold(score, top):
+    """Also those at the ends, which rounding could drop, and those beyond the axis"""
+    confidence = torch.tensor([1e-9, 0.2, 0.4, *[top] * 5])
+    found = {("audio", "text"): (confidence, torch.arange(8) % 2 > 0, {"hos_source": torch.tensor(0.3),
+                                                                       "hos": torch.tensor(0.999999)})}
+    (ax,) = pictures.confidences(found, score).axes
+    assert [sum(patch.get_data().values) for patch in ax.patches] == pytest.approx([100, 100])
+    left, right = ax.get_xlim()
+    assert all(left <= line.get_xdata()[0] <= right for line in ax.lines) and len(ax.lines) == 2
+
+
+def test_a_threshold_that_one_direction_alone_has_is_explained():
+    part = torch.rand(9), torch.arange(9) % 2 > 0
+    found = {("audio", "text"): (*part, {"hos_source": 0.5}), ("text", "audio"): (*part, {"hos_source": 0.5, "hos": 0.4})}
+    assert "threshold from pairs" in texts(pictures.confidences(found, "energy"))
+
+
 def test_each_direction_has_its_matrix_and_its_confidences_with_both_thresholds():
     assert len(drawn("confusion").axes) == 6 + 1
     figure = drawn("open_set_2_softmax")

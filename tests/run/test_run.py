@@ -543,7 +543,8 @@ def test_without_matplotlib_a_run_lacks_its_pictures_and_nothing_else(here, monk
 @pytest.mark.slow
 def test_probes_make_the_pictures_of_a_run_again(default_runs, tmp_path, monkeypatch):
     """With `--pictures FOLDER`, and those of other tasks besides"""
-    command = ("probes.py", default_runs["micu"].run, "--pictures", tmp_path / "new", "--tasks")
+    run = default_runs["micu"].run / "checkpoint.pt"
+    command = ("probes.py", run, "--pictures", tmp_path / "new", "--tasks")
     again = captured_here(*command, "classification", "segmentation", cwd=default_runs["micu"].cwd)
     assert again.returncode == 0
     made = {path.stem for path in (tmp_path / "new").iterdir()}
