@@ -33,6 +33,7 @@ RANK, WORLD_SIZE = 0, 1
 if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:  # as torchrun sets them; a scheduler has its own ranks
     RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may take
+SAVE_MEMORY = "; try a smaller --batch-size, or --features-on file"
 # What may differ from the run that is resumed: where it goes on, how far, how often it logs and probes; not how it
 # trains.
 FREE = ("resume", "max_steps", "epochs", "data", "device", "runs_dir", "features_on", "compile", "log_every",
@@ -57,9 +58,9 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def explain_input_errors(kind, error, traceback, go_on=str):
+def explain_input_errors(kind, error, traceback, go_on=str, save_memory=""):
     """A `sys.excepthook`: an InputError, or a disk that takes no more, ends the program with one line on stderr and
-    exit code 2, no traceback. `go_on()` says how to continue after it."""
+    exit code 2, no traceback. `go_on()` says how to continue after it, `save_memory` how to need less."""
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)
     if issubclass(kind, BrokenPipeError):  # `| head` has read enough
@@ -69,7 +70,7 @@ def explain_input_errors(kind, error, traceback, go_on=str):
               file=sys.__stderr__, flush=True)
         os._exit(2)  # the others cannot be waited for
     if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        error = InputError(f"{first_line(error)}; try a smaller --batch-size, or --features-on file")
+        error = InputError(f"{first_line(error)}{save_memory}")
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         error = error.__context__  # what the disk said, which torch.save hides
     if isinstance(error, OSError) and re.search("No space|Read-only|quota|Permission|too large", str(error)):
@@ -98,7 +99,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device, dtype=torch.double).item()  # in which probes count; Apple's MPS has none
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise InputError(f"--device {name}: not available here ({first_line(error)}); try --device auto")
+        advice = "--device auto" if WORLD_SIZE == 1 else "fewer processes, or --device cpu"
+        raise InputError(f"--device {name}: not available here ({first_line(error)}); try {advice}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     respect_quota()
@@ -132,7 +134,7 @@ def peak_memory_mb(device: torch.device):
 
 def write_atomically(path: Path, save) -> None:
     """`save(binary stream)`, then rename: a program killed at any point leaves the old file or the whole new one."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as stream:
             save(stream)
@@ -295,9 +297,10 @@ class Run:
     those of `check_numbers`."""
 
     def __init__(self, method: str, args, **limits):
-        sys.excepthook = explain_input_errors
+        sys.excepthook = partial(explain_input_errors, save_memory=SAVE_MEMORY)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training: the HDF5 library never returns from some files
         self.method, self.saved, self.folder, self.signals, self.exit_code = method, None, None, [], 0
+        self.trained = False
         self.started_at = time.perf_counter()
         if WORLD_SIZE == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
             raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but there is no MASTER_ADDR to meet at: start "
@@ -327,11 +330,10 @@ class Run:
         self.provenance = {"git": git_commit(), "resumed_at": [], "data_sha256": sha256}
         self.step, self.num_steps = 0, None
         self.seconds = {"data": time.perf_counter() - self.started_at, "train": 0.0, "probe": 0.0}
-        torch.manual_seed(self.args.seed)  # dropout draws the same whatever the method built
+        # Dropout draws the same whatever the method built, and other numbers in each process.
+        torch.manual_seed(self.args.seed + 1_000_003 * RANK)
         if self.saved:
             self._load(self.saved, f"{self.args.resume}/checkpoint.pt")
-        if RANK:
-            torch.manual_seed(self.args.seed + 1_000_003 * RANK + self.step)  # dropout differs between processes
         if RANK == 0:
             self._open_folder()
         self.folder = all_gather_object(self.folder)[0]
@@ -347,9 +349,11 @@ class Run:
                 owner.load_state_dict(saved[name])
             for name, generator in self.generators.items():
                 generator.set_state(saved["rng"][name])
-            torch.set_rng_state(saved["rng"]["cpu"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)
+            processes = [saved["rng"], *saved.get("rng_of_others", ())]
+            if RANK == 0 or len(processes) == WORLD_SIZE:  # else there are more or fewer processes than before
+                torch.set_rng_state(processes[RANK]["cpu"])
+                if self.device.type == "cuda":
+                    torch.cuda.set_rng_state(processes[RANK]["cuda"], self.device)
             self.step, self.seconds = saved["step"], self.seconds | saved["seconds"]
             commits = [*saved["resumed_at"], self.provenance["git"]]
             self.provenance |= {"git": saved["git"], "resumed_at": commits}
@@ -367,7 +371,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=bool(self.args.resume))
         except OSError as error:
             raise InputError(f"--runs-dir {self.args.runs_dir}: cannot be written ({error.strerror})")
-        sys.excepthook = partial(explain_input_errors, go_on=self._go_on)
+        sys.excepthook = partial(explain_input_errors, go_on=self._go_on, save_memory=SAVE_MEMORY)
         threading.excepthook = lambda error: None  # TensorBoard's thread hands its errors on
         for half in self.folder.glob("*.tmp"):  # what a kill left
             half.unlink(missing_ok=True)
@@ -389,7 +393,7 @@ class Run:
 
     def _on_signal(self, number, frame) -> None:
         """The first signal ends the run after this step; a second one, or one after training, at once."""
-        if self.signals and WORLD_SIZE == 1 or self.step == self.num_steps:
+        if self.signals and WORLD_SIZE == 1 or self.trained:
             print(f"stopped at once{self._go_on()}")
             sys.exit(128 + number)
         self.signals.append(number)
@@ -412,6 +416,7 @@ class Run:
             for batch in batches.stream(self.step, self.num_steps):
                 yield batch
                 self._count_time("train")
+        self.trained = True  # what follows need not come to an end
         if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
             ctypes.CDLL(None).malloc_trim(0)  # what steps had, probes need in other sizes
 
@@ -469,8 +474,9 @@ class Run:
         stop = self.exit_code > 0 or step >= (self.args.max_steps or math.inf)
         if stop or epoch_end:
             self._require_finite({name: value.item() for name, value in self.losses.items()})
+            state = self._state()  # of all processes
             if RANK == 0:
-                write_atomically(self.folder / "checkpoint.pt", partial(torch.save, self._state()))
+                write_atomically(self.folder / "checkpoint.pt", partial(torch.save, state))
         self._probe(step)
         if stop:
             self._say_stopped(step)
@@ -483,19 +489,20 @@ class Run:
     def _probe(self, step: int) -> None:
         """Log the tags of the probes if --eval-every asks for them, unless that was done before a kill."""
         every = self.args.eval_every * self.epoch_steps
-        if RANK == 0 and every and step % every == 0 and 0 < step < self.num_steps:
-            if step not in self.probed:
-                self._count_time("train")
-                self._write(step, self.evaluate())
-                self._count_time("probe")
+        if RANK == 0 and every and step % every == 0 and 0 < step < self.num_steps and step not in self.probed:
+            self._count_time("train")
+            self._write(step, self.evaluate())
+            self._count_time("probe")
 
     def _state(self) -> dict:
-        rng = {name: generator.get_state() for name, generator in self.generators.items()}
-        rng["cpu"] = torch.get_rng_state()
+        own = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        first, *others = all_gather_object(own)
+        rng = {name: generator.get_state() for name, generator in self.generators.items()}
         return {"method": self.method, "args": asdict(self.args), "shape": self.shape, "step": self.step,
-                "epoch": self.step // self.epoch_steps, "rng": rng, "seconds": self.seconds, **self.provenance,
+                "epoch": self.step // self.epoch_steps, "rng": rng | first, "rng_of_others": others,
+                "seconds": self.seconds, **self.provenance,
                 **{name: owner.state_dict() for name, owner in self.stateful.items()}}
 
     def finish(self, step: int, tags: dict, warnings: list, table: str, show) -> None:

@@ -35,9 +35,10 @@ def run_jobs(jobs: list) -> None:
     import tyro  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     layer = torch.nn.TransformerEncoderLayer.__init__
-    torch.nn.TransformerEncoderLayer.__init__ = lambda self, *a, **k: layer(self, *a, **{**k, "dropout": 0.0})
+    without = lambda self, *a, **k: layer(self, *a, **{**k, "dropout": 0.0})  # noqa: E731
     torch.optim.Adam.__init__ = partial_method(torch.optim.Adam.__init__, eps=1e-3)
     for job in jobs:
+        torch.nn.TransformerEncoderLayer.__init__ = layer if "dropout" in job["cwd"] else without
         runs = [str(path) for path in Path(job["cwd"]).glob("runs/*__*__*__*")]
         job["argv"] = [runs[0] if word == "the only run" else word for word in job["argv"]]
         with socket.socket() as free:
@@ -201,6 +202,21 @@ def test_four_processes_compute_what_one_computes(trained_long, script):
     """A batch of four parts, whose order of ranks cannot be mistaken."""
     assert_same_training(trained_long[script, "one"], trained_long[script, "four"])
     assert_equal_ranks(trained_long[script, "four"][2], 4, 4)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_same_bits_with_dropout(tiny, tmp_path):
+    """Each process draws its own masks, and goes on drawing them."""
+    folder = tmp_path / "dropout"
+    runs = {"straight": (2, "--max-steps 4"), "two": (2, "--max-steps 2"), "two resumed": (2, "--max-steps 4")}
+    found = train(["micu"], runs, tiny, folder)
+    for straight, resumed in zip(found["micu", "straight"][2], found["micu", "two"][2]):
+        assert straight["step"] == resumed["step"] == 4
+        assert torch.equal(straight["rng"]["cpu"], resumed["rng"]["cpu"])
+        theirs = dict(tensors(resumed["networks"]))
+        assert all(torch.equal(theirs[key], value) for key, value in tensors(straight["networks"]))
+    masks = found["micu", "straight"][1]
+    assert not torch.equal(masks["rng"]["cpu"], masks["rng_of_others"][0]["cpu"])
 
 
 @pytest.mark.slow

@@ -243,9 +243,8 @@ def test_run_folder(smoke):
                      *(f"{name}.png" for name in PICTURES)}
     assert smoke.run.name.startswith(f"{smoke.script}__digits__1__")
     state = load(smoke.run)
-    assert set(state) == {"method", "args", "shape", "step", "epoch", "rng", "seconds", "git", "resumed_at",
-                          "data_sha256"} | STATE[
-        smoke.script]
+    assert set(state) == {"method", "args", "shape", "step", "epoch", "rng", "rng_of_others", "seconds", "git",
+                          "resumed_at", "data_sha256"} | STATE[smoke.script]
     assert state["resumed_at"] == []
     assert (state["method"], state["step"], state["epoch"]) == (smoke.script, 4, 1)
     assert list(state["shape"]) == list(smoke.modalities)
@@ -422,6 +421,21 @@ def test_a_signal_while_probing_loses_nothing(here, straight, monkeypatch):
     assert here.code and load(run)["step"] == 8 and not (run / "results.json").exists()
     assert go_on(run.relative_to(here.cwd)) in here.out
     assert_same_run(here("--resume", str(run.relative_to(here.cwd))), straight)
+
+
+def test_a_signal_in_the_last_step_lets_it_be_saved(here, straight, monkeypatch):
+    log = run.Run.log
+
+    def interrupted(self, step, *rest):
+        log(self, step, *rest)
+        if step == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "log", interrupted)
+        folder = here(*LONG)
+    assert here.code == 143 and "stopped after step 8 of 8" in here.out and load(folder)["step"] == 8
+    assert_same_run(here("--resume", str(folder.relative_to(here.cwd))), straight)
 
 
 @pytest.mark.slow
