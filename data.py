@@ -36,6 +36,7 @@ FORMAT, VERSION = "cmg-features", 1
 SPLITS = ("train", "val", "test")
 MODALITY_ORDER = ("audio", "video", "text", "flow")  # others follow as the file lists them
 NOT_MODALITIES = ("label", "events", "mask", "group", "split", "id", "classes")
+FEATURES = "f", "float16, float32 or float64", ("N", "T", "d"), ("N", "T", "H", "W", "d")  # dtypes, shapes
 NOT_ANNOTATED = 255  # fills the frames of `mask` that nobody drew
 HELP = {  # words in what h5py says, as far as it is about something else than a damaged file: what to do
     "open for write|SWMR": "a program writes it, or died while it did: h5clear -s FILE, once nothing does",
@@ -191,8 +192,7 @@ class FeatureFile:
         """The dataset of a modality, validated when it is first asked for."""
         if name in self.valid:
             return self.valid[name]
-        data = self._require(name, "f", "float16, float32 or float64", ("N", "T", "d"), ("N", "T", "H", "W", "d"),
-                             sparse=False)
+        data = self._require(name, *FEATURES, sparse=False)
         if data.shape[:2] != (self.clips, self.segments):
             self._fail(name, f"N, T = {data.shape[:2]}", f"{(self.clips, self.segments)}, N as 'id' and T as "
                        f"{next(iter(self.modalities))!r}: both are the same in every modality")
@@ -209,7 +209,7 @@ class FeatureFile:
 
     def missing(self, name: str) -> np.ndarray:
         """In which clips a modality holds NaN or infinity, as where there is none of it: (N,) bool"""
-        data = self._require(name, "f", "float16, float32 or float64", ("N", "T", "d"), ("N", "T", "H", "W", "d"))
+        data = self._require(name, *FEATURES)
         clips = (self._read(data, name, np.array([i])) for i in range(self.clips))
         return np.array([not np.isfinite(clip).all() for clip in clips])
 
@@ -252,7 +252,7 @@ class FeatureFile:
             size = os.path.getsize(data.file.filename)
             if size < self.sizes.setdefault(data.file.filename, size):
                 raise OSError("the file has become shorter")  # HDF5 itself would fill up with zeros
-            unsigned = data.dtype == np.uint64  # which int64 holds bit by bit, while HDF5 would clip it
+            unsigned = data.dtype.kind == "u" and data.dtype.itemsize == 8  # which int64 holds bit by bit, while HDF5 would clip it
             out = np.empty((len(index), *data.shape[1:]), np.uint64 if unsigned else seen_dtype(data.dtype))
             same = data.id.get_type() == h5py.h5t.py_create(out.dtype) and data.file.filename == self.path
             offset = data.id.get_offset() if same else None
@@ -426,16 +426,14 @@ class Batches:
         self.dtype = {m: np.result_type(*(seen_dtype(file.modality(m).dtype) for file in features.files))
                       for m in self.modalities}
         self.source = self._where_it_fits() if source == "auto" else source
-        self.resident = {}
         if self.source != "file":
             self.resident = {m: self._read_all(m) for m in self.modalities}
         else:
             self._notice_chunks()
 
     def _where_it_fits(self) -> str:
-        size = 0
-        for m in self.modalities:
-            size += len(self.index) * math.prod(self.features.shape[m]) * self.dtype[m].itemsize
+        a_clip = sum(math.prod(self.features.shape[m]) * self.dtype[m].itemsize for m in self.modalities)
+        size = len(self.index) * a_clip
         if self.device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(self.device)[0]:
             return "device"
         size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process on this machine holds all of it
@@ -523,11 +521,20 @@ def write_embedded(name: str, out: Path, **options) -> None:
         os.replace(path, out)
 
 
+def recipe(name: str) -> str:
+    """16 characters that change with an embedded set: with its base arrays, or with the program that composes them."""
+    program = Path(EMBEDDED[name].__file__)
+    base = program.with_suffix(".h5")
+    try:
+        h5py.File(base).close()
+        return hashlib.sha256(program.read_bytes() + base.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise InputError(f"{base}: cannot be read ({first_line(error)}); copy it again")
+
+
 def embedded(name: str, runs_dir: str) -> str:
     """The feature file of an embedded set in `runs_dir`, made there if need be; those of an earlier recipe then go."""
-    program = Path(EMBEDDED[name].__file__)
-    digest = hashlib.sha256(program.read_bytes() + program.with_suffix(".h5").read_bytes())
-    path = Path(runs_dir) / f"{name}-{digest.hexdigest()[:8]}.h5"
+    path = Path(runs_dir) / f"{name}-{recipe(name)}.h5"
     if RANK > 0:
         all_gather_object(None)  # the first process makes it
     if not path.exists():
@@ -536,7 +543,7 @@ def embedded(name: str, runs_dir: str) -> str:
             write_embedded(name, path)
         except OSError as error:
             raise InputError(f"--runs-dir {runs_dir}: cannot be written ({first_line(error)})")
-        for old in set(path.parent.glob(f"{name}-" + 8 * "[0-9a-f]" + ".h5")) - {path}:
+        for old in set(path.parent.glob(f"{name}-" + 16 * "[0-9a-f]" + ".h5")) - {path}:
             with suppress(OSError):  # of a system that minds if another program has it open
                 old.unlink()
     if RANK == 0:
@@ -599,8 +606,8 @@ def drop(file: tyro.conf.Positional[str], out: str) -> None:
     keep = np.flatnonzero(~np.any(list(gone.values()), 0))
     if os.path.exists(out) or not len(keep):
         raise InputError(f"--out {out}: " + ("is there already" if len(keep) else "no clip would be left"))
-    events = [f"events/{name}" for name in source.events]
-    by_clip = {*source.modalities, *events, "label", "mask", "group", "split", "id"}
+    by_clip = {*source.modalities, *(f"events/{m}" for m in source.events), "label", "mask", "group", "split", "id"}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which lets the folder go
     try:
         with tempfile.TemporaryDirectory(dir=Path(out).resolve().parent) as folder:
             with h5py.File(Path(folder) / "new.h5", "w") as h5:
@@ -623,14 +630,15 @@ def compose(name: tyro.conf.Positional[Literal[tuple(EMBEDDED)]], out: str,
             sizes: tuple[int, int, int] | None = None, seed: int | None = None) -> None:
     """Write the embedded set NAME into the file OUT. Of digits, --sizes are the clips to train on, to validate and to
     test, 2400 400 800 if not given, and another --seed makes other clips; the clips of watch are fixed."""
-    given = {"sizes": sizes, "seed": seed}
-    options = {option: value for option, value in given.items() if value is not None}
+    options = {option: value for option, value in (("sizes", sizes), ("seed", seed)) if value is not None}
     if name == "watch" and options:
         raise InputError("--sizes and --seed are of digits, the clips of watch are fixed")
     if min(sizes or (1,)) < 1 or (seed or 0) < 0:
         raise InputError("--sizes must be at least 1, --seed not negative")
     if not Path(out).resolve().parent.is_dir():
         raise InputError(f"--out {out}: its folder does not exist")
+    recipe(name)  # so that what is wrong below is wrong with OUT
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which lets a half-made file go
     try:
         write_embedded(name, Path(out).resolve(), **options)
     except OSError as error:

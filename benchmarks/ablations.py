@@ -23,6 +23,8 @@ from typing import Literal
 
 import tyro
 
+from run import write_atomically
+
 ROOT = Path(__file__).resolve().parent.parent
 SETS = {"digits": "", "watch": "--data watch"}
 HEADLINE = ("default", "as the paper says", "as released")
@@ -144,8 +146,8 @@ def main(methods: tyro.conf.Positional[tuple[Literal[tuple(ROWS)], ...]], jobs: 
                     "last_log")
             with lock:
                 row["seeds"][str(seed)] = {key: result[key] for key in keep}
-                path = ROOT / "benchmarks" / f"{method}.json"
-                path.write_text(json.dumps(results[method], indent=1) + "\n")
+                text = json.dumps(results[method], indent=1) + "\n"
+                write_atomically(ROOT / "benchmarks" / f"{method}.json", lambda stream: stream.write(text.encode()))
             print(f"{method}, {data}, {name}, seed {seed}: {result['seconds']['train']:.0f} s", file=sys.stderr,
                   flush=True)
 

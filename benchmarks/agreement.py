@@ -62,15 +62,15 @@ def analyse(run: Path) -> dict:
     for split, m in itertools.product(("train", "test"), shape):
         code[split, m] = probes.read_codes(model.eval(), method.encode, features, m, clips[split], args.codebook_size,
                                            torch.device("cpu")).index
-        label = torch.from_numpy(features.label[clips[split]])[:, None].expand_as(code[split, m])
+        label = torch.from_numpy(features.label[clips[split]]).long()[:, None].expand_as(code[split, m])
         event[split, m] = label  # (N, T); a sentence is about its event throughout
-        if m in features.files[0].h5["events"]:
+        if m in features.files[0].events:
             happens = torch.from_numpy(features.read(f"events/{m}", clips[split])).bool().any(-1)
             event[split, m] = torch.where(happens, label, -1)
     votes = torch.zeros(args.codebook_size, len(features.classes))
     for m in shape:
         heard = event["train", m] >= 0
-        votes.index_put_((code["train", m][heard], event["train", m][heard].long()), torch.ones(()), True)
+        votes.index_put_((code["train", m][heard], event["train", m][heard]), torch.ones(()), True)
     meaning, used = votes.argmax(1), votes.sum(1).nonzero()[:, 0]
     maps = {"exact": torch.arange(args.codebook_size), "class": meaning}
     for groups in GROUPS:

@@ -14,7 +14,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.ablations import HEADLINE, ROOT, ROWS, SETS, rows_of
+from benchmarks.ablations import HEADLINE, ROOT, ROWS, SETS, command_of, rows_of
 
 NAMES = {"micu": "MICU", "uni_code": "Uni-Code", "codaar": "CoDAAR"}
 DEFAULT_SIZE = {method: import_module(method).Args().codebook_size for method in NAMES}  # K
@@ -29,8 +29,11 @@ MARKED = re.compile(r"(<!-- table ([a-z_ ]+) -->\n).*?(<!-- end of table -->)", 
 
 
 def read(method: str) -> dict:
+    """{set: {row: its command and seeds}} of what has run with the flags that the row has now"""
     path = ROOT / "benchmarks" / f"{method}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    results = json.loads(path.read_text()) if path.exists() else {}
+    return {data: {name: row for name, row in rows.items() if name in rows_of(method, data) and row["seeds"]
+                   and row["command"] == command_of(method, data, name)} for data, rows in results.items()}
 
 
 def cell(values: list, digits: int = 1) -> str:
@@ -94,12 +97,12 @@ def made_at(rows: list) -> str:
 
 def of_method(method: str, data: str) -> str:
     """All rows of a method on one set, with their flags"""
-    rows = {name: row for name, row in read(method).get(data, {}).items() if name in rows_of(method, data)}
+    rows = read(method).get(data, {})
     if not rows:
         return "Not run yet.\n"
     entries = []
     for name in rows_of(method, data):
-        if name in rows and rows[name]["seeds"]:
+        if name in rows:
             flags = rows_of(method, data)[name]
             entries.append(entry(f"{name} `{flags}`" if flags else name, method, rows[name]))
     return table("row", entries, directions(rows)) + f"\n\n{made_at(list(rows.values()))}"
@@ -107,9 +110,9 @@ def of_method(method: str, data: str) -> str:
 
 def of_comparators(data: str) -> str:
     """The rows of Uni-Code's Table 1 with the paper's figures beside them, below them the whole method"""
-    rows = {name: row for name, row in read("comparators").get(data, {}).items() if row["seeds"]}
+    rows = read("comparators").get(data, {})
     full = read("uni_code").get(data, {}).get("audio and video" if data == "digits" else "default")
-    if not rows or not (full and full["seeds"]):
+    if not rows or not full:
         return "Not run yet.\n"
     rows = {name: rows[name] for name in ROWS["comparators"] if name in rows} | {"Uni-Code": full}
     flags = {name: f" `{flags}`" for name, flags in ROWS["comparators"].items() if flags}
@@ -124,7 +127,7 @@ def headline() -> str:
     parts, shown = [], []
     for data in SETS:
         rows = {(method, name): read(method).get(data, {}).get(name) for method in ROWS for name in HEADLINE}
-        rows = {key: row for key, row in rows.items() if row and row["seeds"]}
+        rows = {key: row for key, row in rows.items() if row}
         if rows:
             entries = [entry(f"{NAMES[method]}, {name}", method, row) for (method, name), row in rows.items()]
             parts.append(table(data, entries, []) + "\n")

@@ -1,11 +1,12 @@
 """Build `watch.h5`: a watch's accelerometer and gyroscope, 140 recordings of shoulder exercises, from a PyPI package.
 
     pip install h5py numpy
-    pip download --no-deps seglearn==1.2.5       # a zip archive, only read as data
+    pip download --no-deps seglearn==1.2.5       # a zip archive, of which one file is read
     python -m datasets.build_watch seglearn-1.2.5-py3-none-any.whl            # write watch.h5 beside this program
     python -m datasets.build_watch seglearn-1.2.5-py3-none-any.whl --check    # compare with the existing file
 """
 import argparse
+import hashlib
 import io
 import sys
 import zipfile
@@ -15,6 +16,7 @@ import h5py
 import numpy as np
 
 MEMBER = "seglearn/data/watch_dataset.npy"
+SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"  # of the member: a pickle, which could run code
 SOURCE = "seglearn 1.2.5, data/watch_dataset.npy"
 LICENSE = """\
 D. Burns et al., Shoulder Physiotherapy Exercise Recognition: Machine Learning the Inertial Signals from a Smartwatch, \
@@ -25,7 +27,10 @@ def build(archive: str) -> dict:
     """{dataset: array}: `samples` (244102, 6) at 50 Hz, accelerometer x y z in g and gyroscope x y z in rad/s, rounded
     to float16; `length`, `exercise`, `person`, `side` of each of the 140 recordings; `classes`, the seven exercises."""
     with zipfile.ZipFile(archive) as wheel:
-        found = np.load(io.BytesIO(wheel.read(MEMBER)), allow_pickle=True).item()
+        data = wheel.read(MEMBER)
+    if hashlib.sha256(data).hexdigest() != SHA256:
+        sys.exit(f"{archive}: {MEMBER} is not that of seglearn 1.2.5")
+    found = np.load(io.BytesIO(data), allow_pickle=True).item()
     assert found["X_labels"] == ["ax", "ay", "az", "wx", "wy", "wz"]
     return {"samples": np.concatenate(found["X"]).astype(np.float16),
             "length": np.array([len(recording) for recording in found["X"]], np.int32),

@@ -81,6 +81,8 @@ def method_of(path: Path, name: str | None, codebook, code_dim: int, modalities:
     be one of two, ValueError if it is not that of `name`."""
     size, width = codebook.shape
     aligned = width == code_dim * modalities
+    if width == code_dim * (modalities + 1) and modalities > 1:
+        raise ValueError("the codebook has a part for text, which cannot be read without Text_ar_lstm_parameters")
     if not (aligned or width == code_dim) or name and aligned != (name == "codaar"):
         raise ValueError(f"a codebook of {size} x {width} is not {name or 'that of a method here'}")
     if name is None and not aligned:

@@ -137,7 +137,7 @@ def end_with(parent: int) -> None:
     os._exit(1)
 
 
-DONE = 1  # in the progress file's byte of a clip; then two bits for each dataset, padded and cut
+DONE = 1  # in the progress file's 32 bits of a clip; then two for each dataset, padded and cut
 
 
 def start_worker(*state):
@@ -174,7 +174,7 @@ def copy_clip(row: int):
         return row, first_line(error)
     for array, offset in arrays:
         put(partial, array.reshape(-1).view(np.uint8).data, offset + row * array.nbytes)
-    put(progress, bytes([done]), row)
+    put(progress, np.uint32(done).tobytes(), 4 * row)
     return row, None
 
 
@@ -245,22 +245,26 @@ def fingerprint(listing: Listing, options: Options) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def start_or_continue(listing: Listing, out: str, partial: str, dtype: np.dtype, size: int) -> np.ndarray:
-    """The partial file and its progress file, made unless an earlier call left them. Returns the progress of each clip,
-    (N,) uint8. Raises InputError if `size` bytes are more than the disk has free."""
-    rows, progress = len(listing.ids), f"{partial}.done"
-    if os.path.exists(partial) and os.path.exists(progress) and os.path.getsize(progress) == rows:
-        done = np.fromfile(progress, np.uint8)
-        print(f"{out}: going on after {(done > 0).sum()} of {rows} clips")
-        return done
-    folder = Path(out).resolve().parent
-    free = shutil.disk_usage(folder).free
+def require_space(out: str, size: float) -> None:
+    """Raise InputError if `size` bytes are more than the disk of `out` has free."""
+    free = shutil.disk_usage(Path(out).resolve().parent).free
     if size > free:
         raise InputError(f"{out}: needs {size / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free")
-    for old in (*folder.glob(f"{Path(out).name}.partial-*"), Path(f"{out}.skipped.txt")):
+
+
+def start_or_continue(listing: Listing, out: str, partial: str, dtype: np.dtype, size: int) -> np.ndarray:
+    """The partial file and its progress file, made unless an earlier call left them. Returns the progress of each clip,
+    (N,) uint32. Raises InputError if `size` bytes are more than the disk has free."""
+    rows, progress = len(listing.ids), f"{partial}.done"
+    if os.path.exists(partial) and os.path.exists(progress) and os.path.getsize(progress) == 4 * rows:
+        done = np.fromfile(progress, np.uint32)
+        print(f"{out}: going on after {(done > 0).sum()} of {rows} clips")
+        return done
+    require_space(out, size)
+    for old in (*Path(out).resolve().parent.glob(f"{Path(out).name}.partial-*"), Path(f"{out}.skipped.txt")):
         old.unlink(missing_ok=True)
     create(partial, listing, dtype)
-    done = np.zeros(rows, np.uint8)
+    done = np.zeros(rows, np.uint32)
     write_atomically(Path(progress), done.tofile)
     return done
 
@@ -322,7 +326,7 @@ def write_clips(listing: Listing, out: str, options: Options) -> None:
     state = partial, progress, places, listing.rows, options.faithful
     errors = copy_clips(np.flatnonzero(done == 0).tolist(), state, out, options)
 
-    tell_lengths(datasets, np.fromfile(progress, np.uint8))
+    tell_lengths(datasets, np.fromfile(progress, np.uint32))
     if errors:
         report.write_text("".join(f"{listing.ids[row]}\t{error}\n" for row, error in sorted(errors.items())))
         print(f"  skipped: {len(errors)} clips, see {report}; the first: {errors[min(errors)]}")
@@ -341,6 +345,7 @@ def leave_out(path: str, out: str, listing: Listing, bad: np.ndarray, dtype: np.
     if len(keep) == 0:
         raise InputError(f"{out}: no clip could be converted")
     smaller = f"{path}.smaller"
+    require_space(out, os.path.getsize(path) * len(keep) / len(listing.ids))
     create(smaller, listing[keep], dtype)
     with h5py.File(path, "r") as old, h5py.File(smaller, "r+") as new:
         for name in datasets_of(listing, dtype):
@@ -735,14 +740,15 @@ def prompts(path: Path, classes: list, expected: int, subset: bool) -> list:
     return [rows[name] for name in classes]
 
 
-def with_text(listing: Listing, modalities: tuple, sentences: list, which, text) -> Listing:
-    """Only these modalities, among them text: of clip i the sentence number which[i]."""
+def with_text(listing: Listing, modalities: tuple, sentences: list, which, text, out: str) -> Listing:
+    """Only these modalities, among them text: of clip i the sentence number which[i]. `out` is checked before that."""
+    for m in modalities:
+        if m not in (*listing.sources, "text"):
+            raise InputError(f"--modalities {m}: these files hold {' '.join(listing.sources)}")
+    check_output(listing, out, 1)
     if "text" in modalities:
         vectors = embed(sentences, text.bert, text.pipeline, text.word_filter)
         listing.sources["text"] = (TEXT, [vectors[i] for i in which])
-    for m in modalities:
-        if m not in listing.sources:
-            raise InputError(f"--modalities {m}: these files hold {' '.join(listing.sources)}")
     return replace(listing, sources={m: listing.sources[m] for m in modalities})
 
 
@@ -849,7 +855,7 @@ def convert_vggsound(root: Root, out: str, which: Literal["24k", "40k", "81k", "
         if listing.label is None:
             raise InputError("--which 81k has no labels, and so no prompts: leave text out")
         sentences = prompts(root / "data/vggsoundCategories2Prompts.csv", listing.classes, 141, options.subset)
-    write_clips(with_text(listing, modalities, sentences, listing.label, text), out, options)
+    write_clips(with_text(listing, modalities, sentences, listing.label, text, out), out, options)
 
 
 def convert_ave(root: Root, out: str, options: Options = Options()) -> None:
@@ -921,7 +927,7 @@ def convert_mscoco(root: Root, out: str, options: Options = Options(), text: Tex
         raise InputError(f"{path}: not a readable list ({type(error).__name__}: {first_line(error)})")
     listing = Listing("mscoco", "MSCOCO", list(ids), [], {"video": (VIDEO, archives(root / "feature/zip", ids))},
                       np.full(len(ids), 2, np.uint8), rows="even")
-    write_clips(with_text(listing, ("video", "text"), captions, range(len(ids)), text), out, options)
+    write_clips(with_text(listing, ("video", "text"), captions, range(len(ids)), text, out), out, options)
 
 
 def convert_clotho(root: Root, captions: Path, out: str, options: Options = Options(), text: Text = Text()) -> None:
@@ -937,7 +943,7 @@ def convert_clotho(root: Root, captions: Path, out: str, options: Options = Opti
     listing = Listing("clotho", "Clotho", ids, [], {"audio": (AUDIO, archives(root / "feature/zip", ids))},
                       np.full(len(ids), 2, np.uint8), group=group, rows="even")
     listing.ids = [f"{name}-{i % 5 + 1}" for i, name in enumerate(ids)]
-    write_clips(with_text(listing, ("audio", "text"), sentences, range(len(ids)), text), out, options)
+    write_clips(with_text(listing, ("audio", "text"), sentences, range(len(ids)), text, out), out, options)
 
 
 def convert_avs(root: Root, out: str, s4: Path, maps: Optional[Path] = None, options: Options = Options(),
@@ -951,7 +957,7 @@ def convert_avs(root: Root, out: str, s4: Path, maps: Optional[Path] = None, opt
             them the file has no video, and segmentation cannot be probed."""
     listing = list_avs(root / "data", root / "feature", s4, maps, options.subset)
     sentences = prompts(root / "data/AVSBenchCategories2Prompts.csv", listing.classes, 23, options.subset)
-    write_clips(with_text(listing, (*listing.sources, "text"), sentences, listing.label, text), out, options)
+    write_clips(with_text(listing, (*listing.sources, "text"), sentences, listing.label, text, out), out, options)
 
 
 def convert_npy_folder(root: Root, out: str, table: Optional[Path] = None, segments: Optional[int] = None,

@@ -109,9 +109,9 @@ class FadingSegmentProbe(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, target) - second
 
 
-def origins(features: Features) -> list:
-    """Which data set each file says it comes from."""
-    return [file.source for file in features.files]
+def origins(features: Features) -> set:
+    """The data sets that the files say they come from."""
+    return {file.source for file in features.files}
 
 
 def evaluate(plan: Plan, model, encode, codebook_size: int, paper: dict) -> dict:

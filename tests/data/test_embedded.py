@@ -272,19 +272,19 @@ def test_an_embedded_set_is_composed_once(few, tiny, tmp_path):
 def test_earlier_composed_files_are_removed_and_others_left(few, tmp_path, monkeypatch):
     reader = Features(["digits"], str(tmp_path))
     before = reader.files[0].path
-    mine = ["digits-mine.h5", "digits-0123abc.h5", "digits-0123ABCD.h5", "digits.h5", "other-01234567.h5"]
-    for name in (*mine, "digits-01234567.h5"):
+    mine = ["digits-mine.h5", "digits-20251127.h5", f"digits-{8 * 'AB'}.h5", "digits.h5", "other-0123456701234567.h5"]
+    for name in (*mine, "digits-0123456701234567.h5"):
         (tmp_path / name).touch()
     Features(["digits"], str(tmp_path))
-    assert (tmp_path / "digits-01234567.h5").exists()  # nothing was composed, so nothing goes
-    old = Path(before).rename(tmp_path / "digits-76543210.h5")  # the file of an earlier recipe
+    assert (tmp_path / "digits-0123456701234567.h5").exists()  # nothing was composed, so nothing goes
+    old = Path(before).rename(tmp_path / "digits-7654321076543210.h5")  # the file of an earlier recipe
     now = Features(["digits"], str(tmp_path)).files[0].path
     assert now == before and not old.exists() and {str(path) for path in tmp_path.iterdir()} == {now, *(str(tmp_path / m) for m in mine)}
     assert reader.read("audio", np.arange(16)).any()  # who has it open goes on reading
 
 
 def test_an_earlier_composed_file_that_cannot_be_removed(few, tmp_path, monkeypatch):
-    (tmp_path / "digits-01234567.h5").mkdir()  # as one that Windows holds back
+    (tmp_path / "digits-0123456701234567.h5").mkdir()  # as one that Windows holds back
     assert len(Features(["digits"], str(tmp_path))) == 16
 
 
@@ -301,6 +301,20 @@ def test_the_key_follows_the_base_and_the_program(few, tmp_path, monkeypatch):
 
     first = key()
     assert len({first, key("# changed"), key(more=b"more")}) == 3 and key() == first
+
+
+@pytest.mark.parametrize("spoil", [lambda base: base.unlink(), lambda base: os.truncate(base, 9000),
+                                   lambda base: base.write_text("version https://git-lfs.github.com/spec/v1")])
+def test_a_damaged_base_is_not_blamed_on_the_folder(tmp_path, monkeypatch, spoil):
+    program = tmp_path / "program" / "digits.py"
+    program.parent.mkdir()
+    for suffix in (".py", ".h5"):
+        program.with_suffix(suffix).write_bytes(Path(digits.__file__).with_suffix(suffix).read_bytes())
+    monkeypatch.setattr(digits, "__file__", str(program))
+    spoil(program.with_suffix(".h5"))
+    for ask in (lambda: Features(["digits"], str(tmp_path)), lambda: data.compose("digits", str(tmp_path / "out.h5"))):
+        message = error_of(ask)
+        assert message.startswith(f"{program.with_suffix('.h5')}: cannot be read") and "--" not in message
 
 
 def test_the_first_of_several_processes_composes(few, tmp_path, monkeypatch):

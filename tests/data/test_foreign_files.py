@@ -100,9 +100,10 @@ def test_a_file_whose_hdf5_begins_later(tmp_path):
     assert np.array_equal(Features([tmp_path / "block.h5"]).read("audio", [7, 2]), AUDIO[[7, 2]])
 
 
-def test_whole_numbers_of_every_kind(tmp_path):
+@pytest.mark.parametrize("order", "<>")
+def test_whole_numbers_of_every_kind(tmp_path, order):
     """Groups as large as a hash stay apart; torch has no arithmetic for some of these types."""
-    group = np.arange(N, dtype=np.uint64) // 2 + np.uint64(2**63 + 2**60)
+    group = (np.arange(N, dtype=np.uint64) // 2 + np.uint64(2**63 + 2**60)).astype(f"{order}u8")
     path = write(tmp_path / "odd.h5", group=group, label=(np.arange(N) % 2).astype(">u2"), split=np.zeros(N, ">i4"),
                  **{"events/audio": np.ones((N, T, 2), bool), "mask": np.full((N, T, 5, 6), 2, ">u2")})
     features, every = Features([path]), np.arange(N)
@@ -385,3 +386,11 @@ def test_clips_without_a_modality_are_counted_and_can_be_left_out(tmp_path, monk
         data.drop("holes.h5", "whole.h5")
     with pytest.raises(InputError, match="cannot be written"):
         data.drop("holes.h5", "absent/whole.h5")
+
+
+def test_ctrl_c_leaves_no_half_written_file(tmp_path, monkeypatch):
+    path = write(tmp_path / "mine.h5")
+    monkeypatch.setattr(h5py.File, "create_dataset", lambda *args: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        data.drop(path, str(tmp_path / "new.h5"))
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.h5"]

@@ -679,7 +679,7 @@ def test_after_a_kill_a_second_call_goes_on_to_the_same_bytes(tmp_path):
     first = subprocess.Popen(argv, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, **keywords)
     try:
         limit = time.monotonic() + 60
-        while sum(np.count_nonzero(np.fromfile(path, np.uint8)) for path in tmp_path.glob("*.done")) < 5:
+        while sum(np.count_nonzero(np.fromfile(path, np.uint32)) for path in tmp_path.glob("*.done")) < 5:
             assert first.poll() is None and time.monotonic() < limit
             time.sleep(0.01)
     finally:
@@ -735,7 +735,7 @@ def interrupted(root, bad: int, cwd):
 def test_the_progress_of_another_list_is_not_taken_over(tmp_path):
     roots = [sounds_only(tmp_path / str(first), 4, first) for first in (0, 50)]
     expected = whole(roots[1], tmp_path / "whole")
-    assert np.count_nonzero(np.fromfile(interrupted(roots[0], 2, tmp_path), np.uint8)) >= 2
+    assert np.count_nonzero(np.fromfile(interrupted(roots[0], 2, tmp_path), np.uint32)) >= 2
     convert("vggsound", roots[1], "--out", "out.h5", "--subset", "--modalities", "audio", cwd=tmp_path)
     assert (tmp_path / "out.h5").read_bytes() == expected and leftovers(tmp_path) == []
 
@@ -743,12 +743,12 @@ def test_the_progress_of_another_list_is_not_taken_over(tmp_path):
 def test_a_progress_file_that_is_left_alone_is_not_taken_over(tmp_path):
     root = sounds_only(tmp_path / "root", 4)
     expected = whole(root, tmp_path / "whole")
-    np.ones(4, np.uint8).tofile(tmp_path / "out.h5.partial-00000000.done")
+    np.ones(4, np.uint32).tofile(tmp_path / "out.h5.partial-00000000.done")
     convert("vggsound", root, "--out", "out.h5", "--subset", "--modalities", "audio", cwd=tmp_path)
     assert (tmp_path / "out.h5").read_bytes() == expected and leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("left", [b"", b"\1", b"\1" * 9])
+@pytest.mark.parametrize("left", [b"", b"\1", b"\1" * 4, b"\1" * 36])
 def test_a_progress_file_of_another_length_is_not_taken_over(tmp_path, left):
     root = sounds_only(tmp_path / "root", 4)
     expected = whole(root, tmp_path / "whole")
@@ -1345,8 +1345,8 @@ def test_the_word_pipeline_reads_25_pieces_with_the_special_ones(tmp_path, trans
     assert kept.tolist() == [2, 1, 0]
 
 
-def text_error(root, *options) -> str:
-    return convert_error("vggsound", root, "--out", "out.h5", "--subset", "--modalities", "text", *options,
+def text_error(root, *options, out="out.h5") -> str:
+    return convert_error("vggsound", root, "--out", out, "--subset", "--modalities", "text", *options,
                          cwd=root.parent)
 
 
@@ -1354,6 +1354,7 @@ def test_text_that_cannot_be_made(tmp_path, monkeypatch):
     root = with_prompts(tmp_path / "root")
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "transformers" in text_error(root, "--bert", "bert")
+    assert "not a file in a folder" in text_error(root, "--bert", "bert", out="absent/out.h5")  # before all sentences
     assert "--bert" in text_error(root)
     fake_transformers(monkeypatch, 384)
     message = text_error(root, "--bert", "bert")
@@ -1612,6 +1613,17 @@ def test_npy_folder_of_clips_of_several_lengths(tmp_path):
     for m in arrays:
         assert np.array_equal(getattr(found, m), [ten(array, 3) for array in arrays[m]])
     assert "padded to 3 segments: 1 clips" in done.stdout and "cut to 3 segments: 3 clips" in done.stdout
+
+
+def test_npy_folder_of_many_modalities_and_lengths(tmp_path):
+    names = [f"sensor{i}" for i in range(12)]
+    for i, name in enumerate(names):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for clip, length in (("a", 2), ("b", 4)):
+            np.save(tmp_path / "mine" / name / f"{clip}.npy", np.full((length, 5), i, np.float32))
+    write_text(tmp_path / "mine/clips.csv", ["id,split", "a,train", "b,test"])
+    done = convert("npy-folder", tmp_path / "mine", "--out", "out.h5", "--segments", 3, cwd=tmp_path)
+    assert all(f"{name} {word} to 3 segments: 1 clips" in done.stdout for name in names for word in ("padded", "cut"))
 
 
 def unequal_modalities(root):

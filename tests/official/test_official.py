@@ -238,6 +238,7 @@ class Hostile:
     ({"Encoder_parameters": {"a": torch.zeros(1)}}, "micu", ["Cross_quantizer.embedding", "missing"]),
     ({"Text_ar_lstm_parameters": {"weight_ih_l0": torch.zeros(512, 768)}}, "micu", ["missing"]),
     ({"epoch": -1}, "micu", ["epoch -1"]),
+    ({"Text_ar_lstm_parameters": None}, "codaar", ["part for text", "Text_ar_lstm_parameters"]),
     ({"Encoder_parameters": "deeper"}, "micu", ["audio_self_att.encoder.layers.2.norm1.bias", "no place"]),
     ({"Encoder_parameters": "nan"}, "micu", ["not finite"]),
     ({"Text_ar_lstm_parameters": "shorter"}, "micu", ["weight_hh_l0", "(512, 64)", "(512, 128)"]),
@@ -250,7 +251,7 @@ def test_checkpoints_that_do_not_fit(checkpoint, changes, method, needles):
     if changes.get("Text_ar_lstm_parameters") == "shorter":
         changes = {"Text_ar_lstm_parameters": filled(names("micu")[1]) | {"weight_hh_l0": torch.zeros(512, 64)}}
     with pytest.raises(InputError) as caught:
-        load_official(checkpoint("micu", **changes), method)
+        load_official(checkpoint("codaar" if "part for text" in needles else "micu", **changes), method)
     message = str(caught.value)
     assert all(needle in message for needle in needles) and "\n" not in message, message
 

@@ -304,6 +304,10 @@ def test_without_a_checkpoint(run, spoil, main):
     assert "\n" not in str(caught.value)
 
 
+def test_files_of_one_data_set_are_of_one_origin_however_many_they_are(tiny, small):
+    assert protocol.origins(Features([tiny])) == protocol.origins(Features([tiny, small]))
+
+
 def test_codes_and_figures_are_two_commands(run):
     with pytest.raises(InputError, match="--codes probes nothing: leave out --out"):
         command(probes.main, run, "--codes", "codes.h5", "--out", "out.json")
