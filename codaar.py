@@ -315,17 +315,13 @@ class AlignedQuantizer(nn.Module):
         by their mean, then dead indices are reset to outputs z. CSA leaves the sums: Eq. 5 starts from them again."""
         index = torch.stack([code_index[m] for m in self.modalities]).flatten(1)  # (M, N)
         for i, m in enumerate(self.modalities):
-            vectors = ema_input[m].flatten(0, 1)  # (N, D)
-            decay = self.args.ema_decay
-            count, total, codebook = ema_update(self.ema_count[i], self.ema_sum[i], index[i], vectors, decay)
-            self.ema_count[i] = count
-            self.ema_sum[i] = total
-            self.codebooks[i] = codebook
+            self.ema_count[i], self.ema_sum[i], self.codebooks[i] = ema_update(
+                self.ema_count[i], self.ema_sum[i], index[i], ema_input[m].flatten(0, 1), self.args.ema_decay)
         if self.args.csa:
-            self.codebooks.copy_(torch.stack(list(cascade(self.by_modality(), self.order).values())))
+            self.codebooks = torch.stack(list(cascade(self.by_modality(), self.order).values()))
         used = torch.zeros_like(self.usage).scatter_add_(1, index, torch.ones_like(index, dtype=self.usage.dtype))
         self.usage += used
-        self.steps_since_used.copy_(torch.where(used > 0, 0, self.steps_since_used + 1))
+        self.steps_since_used = torch.where(used > 0, 0, self.steps_since_used + 1)
         if self.args.reset_after:
             self.reset(z, generator)
 
@@ -339,8 +335,8 @@ class AlignedQuantizer(nn.Module):
             dead = dead & ~dead.all()  # with all of them dead there was none to copy: reset none
         else:
             new = self.new_codes(z, self.args.reset_source, generator)
-        self.codebooks.copy_(torch.where(dead[:, None], new, self.codebooks))
-        self.ema_sum.copy_(torch.where(dead[:, None], new, self.ema_sum))
+        self.codebooks = torch.where(dead[:, None], new, self.codebooks)
+        self.ema_sum = torch.where(dead[:, None], new, self.ema_sum)
         self.ema_count.masked_fill_(dead, 1.0)
         self.steps_since_used.masked_fill_(dead, 0)
         self.resets += dead.sum()
@@ -583,8 +579,7 @@ if __name__ == "__main__":
 
         health = partial(probes.codebook_health, model.quantizer, code_index)  # called when a line of the log is due
         run.log(step, losses | {"total": loss}, grad_norm, health)
-        should_stop = run.checkpoint(step)
-        if should_stop:
+        if run.checkpoint(step):  # a signal or --max-steps asks to stop
             sys.exit(run.exit_code)
 
     # ---- evaluation

@@ -266,14 +266,11 @@ class Quantizer(nn.Module):
         codes become outputs z. z, ema_input {m: (B, T, D)}, code_index {m: (B, T)}"""
         index = torch.stack(list(code_index.values())).flatten(1)  # (M, N)
         vectors = torch.stack(list(ema_input.values())).flatten(0, -2)  # (M * N, D)
-        decay = self.args.ema_decay
-        count, total, codebook = ema_update(self.ema_count, self.ema_sum, index.flatten(), vectors, decay)
-        self.ema_count.copy_(count)
-        self.ema_sum.copy_(total)
-        self.codebook.copy_(codebook)
+        self.ema_count, self.ema_sum, self.codebook = ema_update(
+            self.ema_count, self.ema_sum, index.flatten(), vectors, self.args.ema_decay)
         used = torch.zeros_like(self.usage).scatter_add_(1, index, torch.ones_like(index, dtype=self.usage.dtype))
         self.usage += used
-        self.steps_since_used.copy_(torch.where(used > 0, 0, self.steps_since_used + 1))
+        self.steps_since_used = torch.where(used > 0, 0, self.steps_since_used + 1)
         if self.args.reset_after:
             self.reset(z, generator)
 
@@ -287,8 +284,8 @@ class Quantizer(nn.Module):
             dead = dead & ~dead.all()  # with all of them dead there was none to copy: reset none
         else:
             new = self.new_codes(z, self.args.reset_source, generator)
-        self.codebook.copy_(torch.where(dead[:, None], new, self.codebook))
-        self.ema_sum.copy_(torch.where(dead[:, None], new, self.ema_sum))
+        self.codebook = torch.where(dead[:, None], new, self.codebook)
+        self.ema_sum = torch.where(dead[:, None], new, self.ema_sum)
         self.ema_count.masked_fill_(dead, 1.0)
         self.steps_since_used.masked_fill_(dead, 0)
         self.resets += dead.sum()
@@ -605,8 +602,7 @@ if __name__ == "__main__":
 
         health = partial(probes.codebook_health, model.quantizer, code_index)  # called when a line of the log is due
         run.log(step, losses | {"total": loss}, grad_norm, health)
-        should_stop = run.checkpoint(step)
-        if should_stop:
+        if run.checkpoint(step):  # a signal or --max-steps asks to stop
             sys.exit(run.exit_code)
 
     # ---- evaluation
