@@ -252,7 +252,8 @@ class FeatureFile:
             size = os.path.getsize(data.file.filename)
             if size < self.sizes.setdefault(data.file.filename, size):
                 raise OSError("the file has become shorter")  # HDF5 itself would fill up with zeros
-            unsigned = data.dtype.kind == "u" and data.dtype.itemsize == 8  # which int64 holds bit by bit, while HDF5 would clip it
+            # int64 holds uint64 bit by bit, while HDF5 would clip it
+            unsigned = data.dtype.kind == "u" and data.dtype.itemsize == 8
             out = np.empty((len(index), *data.shape[1:]), np.uint64 if unsigned else seen_dtype(data.dtype))
             same = data.id.get_type() == h5py.h5t.py_create(out.dtype) and data.file.filename == self.path
             offset = data.id.get_offset() if same else None

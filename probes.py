@@ -452,7 +452,7 @@ class Plan:
             del self.parts["val"]
         if pairs:
             index = pairs.clips("val") if 1 in pairs.split else pairs.clips("train")
-            self.require(len(index), f"--pairs {pairs.files[0].path} holds test clips alone, which must not be looked at")
+            self.require(len(index), f"--pairs {pairs.files[0].path} holds test clips alone, which nobody may look at")
             self.pairs = Clips(pairs, index, pairs.classes, self.classes, self.device)
             ways = ((a, b) for a, targets in self.directions.items() for b in targets)
             self.require(any(self.has_pairs(*way) for way in ways), f"--pairs {pairs.files[0].path} holds no two "
@@ -814,9 +814,10 @@ def check_x_retrieval(plan: Plan) -> None:
 
 
 def x_retrieval(plan: Plan) -> dict:
-    """Uni-Code's Table 5: a map from the mean codes of one modality to those of another is trained; a third modality's
-    codes go through it, untouched, to retrieve the other's. It learns from one clip of each group. Tags `a2b_to_c`: trained with queries of a, tested with
-    queries of b; `same_r10` are those of a, `zero_r10` b's without any map. What is right is as in `retrieval`."""
+    """Uni-Code's Table 5: a map from the mean codes of one modality to those of another is trained, on one clip of each
+    group; a third modality's codes go through it, untouched, to retrieve the other's. Tags `a2b_to_c`: trained with
+    queries of a, tested with queries of b; `same_r10` are those of a, `zero_r10` b's without any map. What is right is
+    as in `retrieval`."""
     tags, item, taught, train = {}, {}, {}, plan.parts["train"]
     first = np.unique(groups(train.features, train.index).numpy(), return_index=True)[1]  # one clip a group
     for m in plan.both:
