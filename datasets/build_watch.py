@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 MEMBER = "seglearn/data/watch_dataset.npy"
-SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"  # of the member, a pickle that could run code
+SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"  # of MEMBER: a pickle could run code
 SOURCE = "seglearn 1.2.5, data/watch_dataset.npy"
 LICENSE = """\
 D. Burns et al., Shoulder Physiotherapy Exercise Recognition: Machine Learning the Inertial Signals from a Smartwatch, \
