@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -513,15 +514,21 @@ class Batches:
             reader.shutdown(cancel_futures=True)  # and wait: Python aborts if it ends while a thread is inside torch
 
 
+@contextmanager
+def made_beside(out: Path):
+    """The path of a new file, which then takes the place of `out`. Ctrl-C, which raises meanwhile, leaves nothing."""
+    main = threading.current_thread() is threading.main_thread()  # in others nobody may say what signals do
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) if main else None
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+            yield Path(folder) / "new.h5"
+            os.replace(Path(folder) / "new.h5", out)
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
 # ------------------------------------------------------------------------------------------------------- embedded sets
-def write_embedded(name: str, out: Path, **options) -> None:
-    """The feature file of an embedded set: made beside `out`, then renamed."""
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        path = Path(folder) / "new.h5"
-        EMBEDDED[name].write(str(path), **options)
-        os.replace(path, out)
-
-
 def recipe(name: str) -> str:
     """16 characters that change with an embedded set: with its base arrays, or with the program that composes them."""
     program = Path(EMBEDDED[name].__file__)
@@ -541,7 +548,8 @@ def embedded(name: str, runs_dir: str) -> str:
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_embedded(name, path)
+            with made_beside(path) as new:
+                EMBEDDED[name].write(str(new))
         except OSError as error:
             raise InputError(f"--runs-dir {runs_dir}: cannot be written ({first_line(error)})")
         for old in set(path.parent.glob(f"{name}-" + 16 * "[0-9a-f]" + ".h5")) - {path}:
@@ -608,19 +616,16 @@ def drop(file: tyro.conf.Positional[str], out: str) -> None:
     if os.path.exists(out) or not len(keep):
         raise InputError(f"--out {out}: " + ("is there already" if len(keep) else "no clip would be left"))
     by_clip = {*source.modalities, *(f"events/{m}" for m in source.events), "label", "mask", "group", "split", "id"}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which lets the folder go
     try:
-        with tempfile.TemporaryDirectory(dir=Path(out).resolve().parent) as folder:
-            with h5py.File(Path(folder) / "new.h5", "w") as h5:
-                h5.attrs.update(source.h5.attrs)
-                if source.classes:
-                    source.h5.copy("classes", h5)
-                for name in sorted(name for name in by_clip if name in source.h5):
-                    data = source.h5[name]
-                    new = h5.create_dataset(name, (len(keep), *data.shape[1:]), data.dtype)
-                    for i, row in enumerate(keep):
-                        new[i] = data[row]
-            os.replace(Path(folder) / "new.h5", out)
+        with made_beside(Path(out).resolve()) as path, h5py.File(path, "w") as h5:
+            h5.attrs.update(source.h5.attrs)
+            if source.classes:
+                source.h5.copy("classes", h5)
+            for name in sorted(name for name in by_clip if name in source.h5):
+                data = source.h5[name]
+                new = h5.create_dataset(name, (len(keep), *data.shape[1:]), data.dtype)
+                for i, row in enumerate(keep):
+                    new[i] = data[row]
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({first_line(error)})")
     print(f"{out}: {len(keep)} of {source.clips} clips; left out for want of",
@@ -639,9 +644,9 @@ def compose(name: tyro.conf.Positional[Literal[tuple(EMBEDDED)]], out: str,
     if not Path(out).resolve().parent.is_dir():
         raise InputError(f"--out {out}: its folder does not exist")
     recipe(name)  # so that what is wrong below is wrong with OUT
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which lets a half-made file go
     try:
-        write_embedded(name, Path(out).resolve(), **options)
+        with made_beside(Path(out).resolve()) as new:
+            EMBEDDED[name].write(str(new), **options)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({first_line(error)})")
     check(out)

@@ -385,7 +385,7 @@ class CUJP(nn.Module):
     def __init__(self, code_dim: int, splits: int, permutations: int, seed: int):
         super().__init__()
         if code_dim % splits:
-            raise InputError(f"{splits} parts do not divide a code of width {code_dim}: see --cujp-splits")
+            raise InputError(f"{splits} parts do not divide a code of width {code_dim}")
         if not 1 <= permutations <= math.factorial(splits):
             raise ValueError(f"permutations {permutations} is not in 1..{splits}! = {math.factorial(splits)}")
         self.code_dim = code_dim
@@ -467,6 +467,8 @@ if __name__ == "__main__":
     networks["decoder"] = nn.ModuleDict({m: decoder(args.code_dim, s[-1]) for m, s in shape.items()})
     if segments == 1 and args.lambda_fine:
         raise InputError("clips of one segment: the fine loss has none to tell apart; give --lambda-fine 0")
+    if args.code_dim % args.cujp_splits:
+        raise InputError(f"--cujp-splits {args.cujp_splits}: must divide --code-dim {args.code_dim}")
     side_by_side = 1 if args.jigsaw == "cujp" else len(shape)  # modalities in one puzzle
     splits = side_by_side * args.cujp_splits
     permutations = min(math.factorial(splits), 256)  # P; the limit is ours

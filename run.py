@@ -99,7 +99,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device, dtype=torch.double).item()  # in which probes count; Apple's MPS has none
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        advice = "--device auto" if WORLD_SIZE == 1 else "fewer processes, or --device cpu"
+        crowded = WORLD_SIZE > torch.cuda.device_count() > 0
+        advice = "fewer processes, or --device cpu" if crowded else "--device auto"
         raise InputError(f"--device {name}: not available here ({first_line(error)}); try {advice}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -350,10 +351,12 @@ class Run:
             for name, generator in self.generators.items():
                 generator.set_state(saved["rng"][name])
             processes = [saved["rng"], *saved.get("rng_of_others", ())]
-            if RANK == 0 or len(processes) == WORLD_SIZE:  # else there are more or fewer processes than before
+            if RANK == 0 or len(processes) == WORLD_SIZE:
                 torch.set_rng_state(processes[RANK]["cpu"])
                 if self.device.type == "cuda":
                     torch.cuda.set_rng_state(processes[RANK]["cuda"], self.device)
+            else:  # not as many processes as before: numbers that none of them has drawn
+                torch.manual_seed(self.args.seed + 1_000_003 * RANK + saved["step"])
             self.step, self.seconds = saved["step"], self.seconds | saved["seconds"]
             commits = [*saved["resumed_at"], self.provenance["git"]]
             self.provenance |= {"git": saved["git"], "resumed_at": commits}
@@ -416,7 +419,10 @@ class Run:
             for batch in batches.stream(self.step, self.num_steps):
                 yield batch
                 self._count_time("train")
-        self.trained = True  # what follows need not come to an end
+        self.trained = True  # from here on a signal ends the program at once
+        if self.signals:  # that came after the last checkpoint had been asked for
+            self._say_stopped(self.step)
+            sys.exit(128 + self.signals[0])
         if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
             ctypes.CDLL(None).malloc_trim(0)  # what steps had, probes need in other sizes
 

@@ -1,4 +1,4 @@
-"""Milliseconds of a training step by part, clips a second, arithmetic and peak memory, of a script run as it is.
+"""Milliseconds of a training step by part, clips a second, arithmetic, a GPU's peak memory, of a script run as it is.
 
     python -m benchmarks.speed                                            # all methods, digits shapes
     python -m benchmarks.speed --shapes vggsound --precision bf16         # 10x7x7x512, 10x128, 10x768
@@ -99,6 +99,10 @@ class Stopwatches:
         def around(*args, **keywords):
             batches = epoch(*args, **keywords)
             while True:
+                if self.counters:
+                    for counter in reversed(self.counters):
+                        counter.__exit__(None, None, None)
+                    self.work["step"], self.counters = list(self.counted()), None
                 start = self.now()
                 batch = next(batches, None)
                 if batch is None:
@@ -108,10 +112,6 @@ class Stopwatches:
                     self.counters = FlopCounterMode(display=False), BytesMoved()
                     for counter in self.counters:
                         counter.__enter__()
-                elif self.step == 3:
-                    for counter in reversed(self.counters):
-                        counter.__exit__(None, None, None)
-                    self.work["step"], self.counters = list(self.counted()), None
                 if self.step == self.warmup and self.cuda:
                     torch.cuda.reset_peak_memory_stats()
                 self.spans.append((self.step, "input", start, self.now()))
@@ -269,9 +269,8 @@ def main(options: tyro.conf.Positional[tuple[str, ...]] = (), *,
             for part, (low, middle, high) in parts.items():
                 gflop, gb = work.get(part, (0, 0))
                 print(f"  {part:12}{middle:9.2f} ms   [{low:.2f}, {high:.2f}]{gflop:9.2f} GFLOP{gb:8.3f} GB")
-            print(f"  {report['clips_per_second']} clips a second, peak memory {report.get('peak_memory_mb', '-')} MB; "
-                  f"{100 * report['share_of_peak']:.0f} % of the {peak:.2f} TFLOP/s of a matrix product, "
-                  f"{100 * report['share_of_copy']:.0f} % of the {bandwidth:.1f} GB/s of a copy")
+            print(f"  {report['clips_per_second']} clips a second; {100 * report['share_of_peak']:.0f} % of the "
+                  f"{peak:.2f} TFLOP/s of a matrix product, {100 * report['share_of_copy']:.0f} % of the {bandwidth:.1f} GB/s of a copy")
             if features_on == "file":
                 print(f"  reading alone {report['reading_alone_clips_per_second']} clips a second")
     if keep:

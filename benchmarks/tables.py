@@ -115,8 +115,9 @@ def of_comparators(data: str) -> str:
     if not rows or not full:
         return "Not run yet.\n"
     rows = {name: rows[name] for name in ROWS["comparators"] if name in rows} | {"Uni-Code": full}
-    flags = {name: f" `{flags}`" for name, flags in ROWS["comparators"].items() if flags}
-    entries = [entry(name + flags.get(name, ""), "comparators", row) for name, row in rows.items()]
+    flags = {name: f" `{flags}`" if flags else "" for name, flags in ROWS["comparators"].items()}
+    entries = [entry(name + flags.get(name, ""), "comparators" if name in flags else "uni_code", row)
+               for name, row in rows.items()]
     head, rule, *lines = table("row", entries, directions(rows)).splitlines()
     lines = [f"{line} {PAPER.get(name, '–')} |" for line, name in zip(lines, rows)]
     return "\n".join([f"{head} paper's v2a / a2v |", f"{rule}---|", *lines]) + f"\n\n{made_at(list(rows.values()))}"

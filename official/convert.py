@@ -137,7 +137,7 @@ def end_with(parent: int) -> None:
     os._exit(1)
 
 
-DONE = 1  # in the progress file's 32 bits of a clip; then two for each dataset, padded and cut
+DONE = 1  # in the progress file's 64 bits of a clip; then two for each dataset, padded and cut
 
 
 def start_worker(*state):
@@ -174,7 +174,7 @@ def copy_clip(row: int):
         return row, first_line(error)
     for array, offset in arrays:
         put(partial, array.reshape(-1).view(np.uint8).data, offset + row * array.nbytes)
-    put(progress, np.uint32(done).tobytes(), 4 * row)
+    put(progress, np.uint64(done).tobytes(), 8 * row)
     return row, None
 
 
@@ -254,17 +254,17 @@ def require_space(out: str, size: float) -> None:
 
 def start_or_continue(listing: Listing, out: str, partial: str, dtype: np.dtype, size: int) -> np.ndarray:
     """The partial file and its progress file, made unless an earlier call left them. Returns the progress of each clip,
-    (N,) uint32. Raises InputError if `size` bytes are more than the disk has free."""
+    (N,) uint64. Raises InputError if `size` bytes are more than the disk has free."""
     rows, progress = len(listing.ids), f"{partial}.done"
-    if os.path.exists(partial) and os.path.exists(progress) and os.path.getsize(progress) == 4 * rows:
-        done = np.fromfile(progress, np.uint32)
+    if os.path.exists(partial) and os.path.exists(progress) and os.path.getsize(progress) == 8 * rows:
+        done = np.fromfile(progress, np.uint64)
         print(f"{out}: going on after {(done > 0).sum()} of {rows} clips")
         return done
     require_space(out, size)
     for old in (*Path(out).resolve().parent.glob(f"{Path(out).name}.partial-*"), Path(f"{out}.skipped.txt")):
         old.unlink(missing_ok=True)
     create(partial, listing, dtype)
-    done = np.zeros(rows, np.uint32)
+    done = np.zeros(rows, np.uint64)
     write_atomically(Path(progress), done.tofile)
     return done
 
@@ -298,7 +298,7 @@ def tell_lengths(datasets: dict, done: np.ndarray) -> None:
     """Print how many clips of each dataset were padded and cut, as the bits of the progress file (N,) say."""
     for i, (name, (_, shape, _)) in enumerate(datasets.items()):
         for bit, happened in enumerate(("padded", "cut")):
-            times = (done >> (2 * i + 1 + bit) & 1).sum()
+            times = (done >> np.uint64(2 * i + 1 + bit) & np.uint64(1)).sum()
             if times:
                 print(f"  {name} {happened} to {shape[0]} segments: {times} clips")
 
@@ -326,7 +326,7 @@ def write_clips(listing: Listing, out: str, options: Options) -> None:
     state = partial, progress, places, listing.rows, options.faithful
     errors = copy_clips(np.flatnonzero(done == 0).tolist(), state, out, options)
 
-    tell_lengths(datasets, np.fromfile(progress, np.uint32))
+    tell_lengths(datasets, np.fromfile(progress, np.uint64))
     if errors:
         report.write_text("".join(f"{listing.ids[row]}\t{error}\n" for row, error in sorted(errors.items())))
         print(f"  skipped: {len(errors)} clips, see {report}; the first: {errors[min(errors)]}")
@@ -345,6 +345,7 @@ def leave_out(path: str, out: str, listing: Listing, bad: np.ndarray, dtype: np.
     if len(keep) == 0:
         raise InputError(f"{out}: no clip could be converted")
     smaller = f"{path}.smaller"
+    Path(smaller).unlink(missing_ok=True)  # what a kill left
     require_space(out, os.path.getsize(path) * len(keep) / len(listing.ids))
     create(smaller, listing[keep], dtype)
     with h5py.File(path, "r") as old, h5py.File(smaller, "r+") as new:

@@ -107,10 +107,10 @@ def test_a_disk_that_is_full_at_any_write(whole, here, tiny, number, monkeypatch
 def test_a_full_disk_is_told_in_one_line(capfd, monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    error = OSError(28, "No space left on device", "runs/a/checkpoint.tmp")
+    error = OSError(28, "No space left on device", "runs/a/checkpoint.pt.tmp")
     run.explain_input_errors(OSError, error, None, go_on=lambda: "; continue with: this")
     assert codes == [2] and capfd.readouterr().err == (
-        "error: a file cannot be written ([Errno 28] No space left on device: 'runs/a/checkpoint.tmp'); "
+        "error: a file cannot be written ([Errno 28] No space left on device: 'runs/a/checkpoint.pt.tmp'); "
         "continue with: this\n")
 
 
@@ -259,7 +259,7 @@ def test_a_run_and_its_data_may_move(here, interrupted):  # noqa: F811
 def test_a_log_that_a_kill_left_half_written(here, interrupted, rest):  # noqa: F811
     log, before = interrupted / "metrics.jsonl", b'{"step": 2, "losses/total": 0.5}\n'
     log.write_bytes(before + rest)
-    (interrupted / "checkpoint.tmp").write_bytes(b"half")
+    (interrupted / "checkpoint.pt.tmp").write_bytes(b"half")
     here("--resume", str(interrupted), "--max-steps", 4)
     lines = read_metrics(interrupted)
     assert lines[0] == json.loads(before) and [line["step"] for line in lines] == [2, 4]

@@ -1,7 +1,7 @@
 """N processes with a share of the batch each compute what one process with the whole batch computes.
 
 Run as a program, this file is the harness: it imports what is slow once and forks the processes that torchrun would
-start, with dropout off and an Adam that does not enlarge the last bits of tiny gradients.
+start, with dropout off unless a job wants it, and an Adam that does not enlarge the last bits of tiny gradients.
 """
 import itertools
 import json
@@ -38,7 +38,7 @@ def run_jobs(jobs: list) -> None:
     without = lambda self, *a, **k: layer(self, *a, **{**k, "dropout": 0.0})  # noqa: E731
     torch.optim.Adam.__init__ = partial_method(torch.optim.Adam.__init__, eps=1e-3)
     for job in jobs:
-        torch.nn.TransformerEncoderLayer.__init__ = layer if "dropout" in job["cwd"] else without
+        torch.nn.TransformerEncoderLayer.__init__ = layer if job["dropout"] else without
         runs = [str(path) for path in Path(job["cwd"]).glob("runs/*__*__*__*")]
         job["argv"] = [runs[0] if word == "the only run" else word for word in job["argv"]]
         with socket.socket() as free:
@@ -85,7 +85,7 @@ def partial_method(function, **keywords):
     return lambda self, *a, **k: function(self, *a, **k, **keywords)
 
 
-def train(scripts, runs: dict, data: str, folder: Path) -> dict:
+def train(scripts, runs: dict, data: str, folder: Path, dropout: bool = False) -> dict:
     """Of these scripts, runs {name: (processes, options)} -> {(script, name): (log, checkpoint, what each rank had)}"""
     jobs = []
     for script, (name, (processes, options)) in itertools.product(scripts, runs.items()):
@@ -94,7 +94,7 @@ def train(scripts, runs: dict, data: str, folder: Path) -> dict:
         start = ["--data", data, *SMALL.split(), *OWN[script].split()]
         start = ["--resume", "the only run"] if name.endswith(" resumed") else start
         argv = [str(ROOT / f"{script}.py"), *start, *options.split()]
-        jobs.append({"cwd": str(cwd), "processes": processes, "argv": argv})
+        jobs.append({"cwd": str(cwd), "processes": processes, "argv": argv, "dropout": dropout})
     run_harness(jobs, folder)
     found = {}
     for job in jobs:
@@ -207,9 +207,8 @@ def test_four_processes_compute_what_one_computes(trained_long, script):
 @pytest.mark.slow
 def test_two_processes_resume_to_the_same_bits_with_dropout(tiny, tmp_path):
     """Each process draws its own masks, and goes on drawing them."""
-    folder = tmp_path / "dropout"
     runs = {"straight": (2, "--max-steps 4"), "two": (2, "--max-steps 2"), "two resumed": (2, "--max-steps 4")}
-    found = train(["micu"], runs, tiny, folder)
+    found = train(["micu"], runs, tiny, tmp_path, dropout=True)
     for straight, resumed in zip(found["micu", "straight"][2], found["micu", "two"][2]):
         assert straight["step"] == resumed["step"] == 4
         assert torch.equal(straight["rng"]["cpu"], resumed["rng"]["cpu"])
