@@ -270,7 +270,8 @@ def main(options: tyro.conf.Positional[tuple[str, ...]] = (), *,
                 gflop, gb = work.get(part, (0, 0))
                 print(f"  {part:12}{middle:9.2f} ms   [{low:.2f}, {high:.2f}]{gflop:9.2f} GFLOP{gb:8.3f} GB")
             print(f"  {report['clips_per_second']} clips a second; {100 * report['share_of_peak']:.0f} % of the "
-                  f"{peak:.2f} TFLOP/s of a matrix product, {100 * report['share_of_copy']:.0f} % of the {bandwidth:.1f} GB/s of a copy")
+                  f"{peak:.2f} TFLOP/s of a matrix product, {100 * report['share_of_copy']:.0f} % of the "
+                  f"{bandwidth:.1f} GB/s of a copy")
             if features_on == "file":
                 print(f"  reading alone {report['reading_alone_clips_per_second']} clips a second")
     if keep:
