@@ -506,11 +506,9 @@ def test_the_first_losses_of_a_run_of_three_modalities_are_those_of_the_function
     assert np.isfinite(list(read_results(run)["metrics"].values())).all()
 
 
-RESUMED = [("--align turn --dcid --modalities audio video", ()), ("--align mst --dcid", pytest.mark.slow),
-           ("--align codis", pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("options", [pytest.param(options, marks=marks) for options, marks in RESUMED])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["--align turn --dcid --modalities audio video", "--align mst --dcid",
+                                     "--align codis"])
 def test_a_run_interrupted_resumed_and_probed_again_is_the_same_to_the_bit(options, toy, cwd):
     straight, _ = run_toy(toy, cwd, *options.split())
     run, done = run_toy(toy, cwd, *options.split(), "--max-steps", 3)

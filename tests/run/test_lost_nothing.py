@@ -82,8 +82,8 @@ class Halved:
 WRITES = 2 + 4 + 2 + 2 + 1  # args.json, the log as it was; lines of losses, of probes; checkpoints; results.json
 
 
-@pytest.mark.parametrize("number", [
-    n if n == 7 else pytest.param(n, marks=pytest.mark.slow) for n in range(1, WRITES + 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, WRITES + 2))
 def test_a_disk_that_is_full_at_any_write(whole, here, tiny, number, monkeypatch):  # noqa: F811
     """What is there stays good, and a resumed run ends as if nothing had been."""
     disk = Disk(number)

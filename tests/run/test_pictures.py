@@ -175,7 +175,8 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("case", [
+    case if case == "the usual" else pytest.param(case, marks=pytest.mark.slow) for case in ODD])
 def test_usual_and_odd_arrays_are_drawn(case, tmp_path, monkeypatch):
     rendered = {}
     monkeypatch.setattr("matplotlib.image.imsave", lambda path, pixels: rendered.update({path.stem: pixels.shape}))

@@ -246,6 +246,7 @@ run.dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_collectives(tmp_path):
     (tmp_path / "collectives.py").write_text(COLLECTIVES)
     with socket.socket() as free:
@@ -280,6 +281,7 @@ def test_torchrun_and_a_process_that_dies(tiny, tmp_path):
     assert "error: process 0 lost another one" in error
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide(tiny, tmp_path):
     argv, keywords = command("micu.py", "--data", tiny, "--batch-size", 9)
     keywords["env"] |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}

@@ -793,8 +793,9 @@ def test_bad_arguments(here, options, needles):
 @pytest.mark.parametrize("options, needles", [
     ("--modalities audio smell --data {small}", ["error: --modalities smell", "audio video text"]),
     ("--data absent.h5", ["error: absent.h5: no such file", "digits"]),
-    ("--data digits --runs-dir file/below", ["error: --runs-dir file/below", "cannot be written"]),
-    ("--data {small} --codebook-size 4294967295", ["memory", "--batch-size"]),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("--data digits --runs-dir file/below", ["error: --runs-dir file/below", "cannot be written"]),
+        ("--data {small} --codebook-size 4294967295", ["memory", "--batch-size"]))),
 ])
 def test_one_line_and_exit_code_2(tmp_path, small, options, needles):
     (tmp_path / "file").write_text("")
