@@ -213,12 +213,12 @@ def kill_and_resume(data: str, folder: Path, moments: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_fifty_kills_at_any_moment_resume_to_the_same_bits(tiny, tmp_path):
-    done = subprocess.run([sys.executable, __file__, tiny, str(tmp_path), "50"], capture_output=True, text=True,
+def test_thirty_kills_at_any_moment_resume_to_the_same_bits(tiny, tmp_path):
+    done = subprocess.run([sys.executable, __file__, tiny, str(tmp_path), "30"], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert sum(counts.values()) == 50 and counts["resumed"] >= 30
+    assert sum(counts.values()) == 30 and counts["resumed"] >= 18
 
 
 # ------------------------------------------------------------------------------------------------------ the last steps
