@@ -31,7 +31,8 @@ import torch.nn.functional as F
 
 import probes
 from data import Batches, Features
-from run import RANK, InputError, Run, Running, all_gather, average_over_processes, local_rows, parse, require_shape
+from run import (RANK, InputError, Run, Running, all_gather, average_over_processes, in_parallel, local_rows, parse,
+                 require_shape)
 
 METHOD = "codaar"
 
@@ -75,7 +76,7 @@ class Optimisation:
     spatial_pool: Literal["attention", "plain", "sum"] = "attention"
     clip: Literal["all", "module"] = "all"  # gradients to a norm of 0.5: all together, or each network's (released)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; distances, EMA and losses are fp32
-    compile: bool = False  # compile the encoders
+    cuda_graph: bool = False  # record the step on a GPU and replay it: ten times as fast, but its Python runs no more
 
 
 @dataclass
@@ -357,8 +358,7 @@ class Model(nn.Module):
 
 def encode(model: Model, features, modality: str):
     """What a probe reads: features (B, T, ...) -> quantized (B, T, width), code_index (B, T)"""
-    z = model.semantic[modality].forward(features)  # uncompiled: probes bring many sizes
-    return model.quantizer.encode(z, modality)
+    return model.quantizer.encode(model.semantic[modality](features), modality)
 
 
 class Residual(nn.Module):
@@ -509,9 +509,6 @@ if __name__ == "__main__":
     model = Model(shape, args)
     networks = nn.ModuleDict({"model": model})
     segments = features.files[0].segments  # T
-    if args.compile:
-        for network in model.semantic.values():
-            network.compile(dynamic=False)
     # =========================================================================================================== CoDAAR
     seen = shape if args.specific == "map" else {m: (s[0], s[-1]) for m, s in shape.items()}  # what is decoded
     networks["specific"] = nn.ModuleDict({m: SpecificEncoder(s) for m, s in seen.items()})
@@ -519,7 +516,8 @@ if __name__ == "__main__":
     if args.cpc and args.cpc_steps >= segments:
         raise InputError(f"--cpc-steps {args.cpc_steps}: needs more than {segments} segments a clip, or --no-cpc")
     networks["cpc"] = CrossModalCPC(list(shape), args.code_dim, args.cpc_steps)
-    generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}  # the host cuts z at t
+    generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}
+    host_draw = partial(torch.randint, max(1, segments - args.cpc_steps), (), generator=generators["cpc"])  # t of CPC
     more_state = {}  # other optimizers, of which there are none here
     pairs = len(shape) * (len(shape) - 1)  # of modalities, ordered
     guess = math.log(args.batch_size)
@@ -534,11 +532,13 @@ if __name__ == "__main__":
 
     # ---- training
     networks.train()
-    for batch in run.progress(batches, evaluate):  # {m: (B, T, ...)}, under torchrun the clips of this process
+
+    @run.recorded  # with --cuda-graph
+    def train_step(batch, drawn):  # {m: (B, T, ...)}, under torchrun the clips of this process; host_draw()
         # Encode. From here on z holds the clips of all processes: losses and codebook see the whole batch. Gradients
         # flow back through all_gather and are averaged below: together that of one process with the whole batch.
         with autocast():
-            z = {m: model.semantic[m](x) for m, x in batch.items()}
+            z = in_parallel({m: partial(model.semantic[m], x) for m, x in batch.items()})
         z = {m: all_gather(v.float()) for m, v in z.items()}  # {m: (B, T, D)}
 
         # Quantise: the codes of all clips, and those of this process's clips for what is computed clip by clip.
@@ -556,8 +556,7 @@ if __name__ == "__main__":
         codebooks = model.quantizer.by_modality()
         commitment = row_commitment_loss(z, code_index, codebooks, args.commitment_cost)  # Eq. 8
 
-        t = torch.randint(max(1, segments - args.cpc_steps), (), generator=generators["cpc"]).item()
-        cpc = networks["cpc"](z, t) / 2 if args.cpc else torch.zeros_like(recon)  # Eq. 2, both directions averaged
+        cpc = networks["cpc"](z, drawn) / 2 if args.cpc else torch.zeros_like(recon)  # Eq. 2, both directions averaged
         pairs = itertools.combinations(z, 2) if args.dqa else ()
         dqa = sum((cmcm_loss(z[a], z[b], codebooks[a], codebooks[b]) for a, b in pairs), torch.zeros_like(recon))
 
@@ -575,10 +574,14 @@ if __name__ == "__main__":
         optimizer.step()
         model.quantizer.update(z, code_index, ema_input, generators["codebook"])
         average_over_processes(model.quantizer.buffers())
+        return {name: v.detach() for name, v in (losses | {"total": loss}).items()}, grad_norm, code_index
+
+    for batch in run.progress(batches, evaluate):
+        losses, grad_norm, code_index = train_step(batch, int(host_draw()))
         step += 1
 
         health = partial(probes.codebook_health, model.quantizer, code_index)  # called when a line of the log is due
-        run.log(step, losses | {"total": loss}, grad_norm, health)
+        run.log(step, losses, grad_norm, health)
         if run.checkpoint(step):  # a signal or --max-steps asks to stop
             sys.exit(run.exit_code)
 

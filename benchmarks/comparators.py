@@ -35,7 +35,8 @@ import torch.nn.functional as F
 
 import probes
 from data import Batches, Features
-from run import RANK, InputError, Run, Running, all_gather, average_over_processes, local_rows, parse, require_shape
+from run import (RANK, InputError, Run, Running, all_gather, average_over_processes, in_parallel, local_rows, parse,
+                 require_shape)
 
 METHOD = "benchmarks.comparators"
 
@@ -80,7 +81,7 @@ class Optimisation:
     spatial_pool: Literal["attention", "plain", "sum"] = "attention"
     clip: Literal["all", "module"] = "all"  # gradients to a norm of 0.5: all together, or each network's (released)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; distances, EMA and losses are fp32
-    compile: bool = False  # compile the encoders
+    cuda_graph: bool = False  # record the step on a GPU and replay it: ten times as fast, but its Python runs no more
 
 
 @dataclass
@@ -321,8 +322,7 @@ class Model(nn.Module):
 
 def encode(model: Model, features, modality: str):
     """What a probe reads: features (B, T, ...) -> quantized (B, T, width), code_index (B, T)"""
-    z = model.semantic[modality].forward(features)  # uncompiled: probes bring many sizes
-    return model.quantizer.encode(z, modality)
+    return model.quantizer.encode(model.semantic[modality](features), modality)
 
 
 class Residual(nn.Module):
@@ -633,7 +633,7 @@ def fit_club(club, optimizer, z: dict, y: dict, steps: int) -> None:
     """Fit each q(y | z) by steps of its own optimizer; encoders learn nothing. z {m: (B, T, D)}, y {m: (B, T, d)}"""
     for _ in range(steps):
         optimizer.zero_grad()
-        sum(club[m].fit_loss(z[m], y[m]) for m in z).backward()
+        sum(in_parallel({m: partial(club[m].fit_loss, z[m], y[m]) for m in z}).values()).backward()
         average_over_processes(p.grad for p in club.parameters())
         optimizer.step()
 
@@ -662,9 +662,6 @@ if __name__ == "__main__":
     model = Model(shape, args)
     networks = nn.ModuleDict({"model": model})
     segments = features.files[0].segments  # T
-    if args.compile:
-        for network in model.semantic.values():
-            network.compile(dynamic=False)
     # ====================================================================================================== comparators
     check_flags(args, segments)
     if args.align == "mst":
@@ -675,7 +672,8 @@ if __name__ == "__main__":
     networks["cpc"] = CrossModalCPC(list(shape), args.code_dim, args.cpc_steps)
     club = nn.ModuleDict({m: CLUB(args.code_dim, networks["specific"][m].width) for m in shape}).to(device)
     club_optimizer = torch.optim.Adam(club.parameters(), lr=args.club_learning_rate, fused=True)
-    generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}  # the host cuts z at t
+    generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}
+    host_draw = partial(torch.randint, max(1, segments - args.cpc_steps), (), generator=generators["cpc"])  # t of CPC
     more_state = {"club": club, "club_optimizer": club_optimizer}
     chance = by_guessing(args, len(shape) * (len(shape) - 1))
     # =============================================================================================== end of comparators
@@ -686,11 +684,13 @@ if __name__ == "__main__":
 
     # ---- training
     networks.train()
-    for batch in run.progress(batches, evaluate):  # {m: (B, T, ...)}, under torchrun the clips of this process
+
+    @run.recorded  # with --cuda-graph
+    def train_step(batch, drawn):  # {m: (B, T, ...)}, under torchrun the clips of this process; host_draw()
         # Encode. From here on z holds the clips of all processes: losses and codebook see the whole batch. Gradients
         # flow back through all_gather and are averaged below: together that of one process with the whole batch.
         with autocast():
-            z = {m: model.semantic[m](x) for m, x in batch.items()}
+            z = in_parallel({m: partial(model.semantic[m], x) for m, x in batch.items()})
         z = {m: all_gather(v.float()) for m, v in z.items()}  # {m: (B, T, D)}
 
         # Quantise: the codes of all clips, and those of this process's clips for what is computed clip by clip.
@@ -711,8 +711,7 @@ if __name__ == "__main__":
 
         cross = cpc = information = torch.zeros_like(recon)
         if args.dcid:
-            t = torch.randint(segments - args.cpc_steps, (), generator=generators["cpc"]).item()
-            cpc = networks["cpc"](z, t)  # Uni-Code's Eq. 6
+            cpc = networks["cpc"](z, drawn)  # Uni-Code's Eq. 6
         align = sum(align_loss(z[a], z[b], codebook, args) for a, b in itertools.combinations(z, 2))
         if args.align == "turn":
             with autocast():
@@ -737,10 +736,14 @@ if __name__ == "__main__":
         optimizer.step()
         model.quantizer.update(z, code_index, ema_input, generators["codebook"])
         average_over_processes(model.quantizer.buffers())
+        return {name: v.detach() for name, v in (losses | {"total": loss}).items()}, grad_norm, code_index
+
+    for batch in run.progress(batches, evaluate):
+        losses, grad_norm, code_index = train_step(batch, int(host_draw()))
         step += 1
 
         health = partial(probes.codebook_health, model.quantizer, code_index)  # called when a line of the log is due
-        run.log(step, losses | {"total": loss}, grad_norm, health)
+        run.log(step, losses, grad_norm, health)
         if run.checkpoint(step):  # a signal or --max-steps asks to stop
             sys.exit(run.exit_code)
 

@@ -4,6 +4,7 @@
     python -m benchmarks.speed --shapes vggsound --precision bf16         # 10x7x7x512, 10x128, 10x768
     python -m benchmarks.speed --method micu --features-on file --clips 4000     # read ahead from the file
     python -m benchmarks.speed --method micu -- --cujp-samples 0          # flags of the script after --
+    python -m benchmarks.speed --warmup 40 -- --cuda-graph                # a GPU's recorded step: of it only the whole
 
 The script's own main program runs on random features; around the functions and modules of its step lie stopwatches:
 device events on CUDA, which add no synchronisation, a wall clock on CPU. Median and quartiles over --steps steps after
@@ -79,7 +80,7 @@ class Stopwatches:
 
     def timed(self, part: str, function):
         def around(*args, **keywords):
-            if self.inside:
+            if self.inside or self.cuda and torch.cuda.is_current_stream_capturing():  # nobody could read those events
                 return function(*args, **keywords)
             self.inside, start, before = True, self.now(), self.counted()
             try:
@@ -226,9 +227,8 @@ def reading_alone(path: Path, batch_size: int) -> float:
 def main(options: tyro.conf.Positional[tuple[str, ...]] = (), *,
          method: tuple[Literal["uni_code", "micu", "codaar"], ...] = ("uni_code", "micu", "codaar"),
          shapes: Literal["digits", "vggsound"] = "digits", precision: Literal["fp32", "bf16"] = "fp32",
-         compile: bool = False, batch_size: int = 80, device: str = "auto", steps: int = 20, warmup: int = 5,
-         clips: Optional[int] = None, features_on: Literal["auto", "device", "memory", "file"] = "auto",
-         keep: bool = True) -> None:
+         batch_size: int = 80, device: str = "auto", steps: int = 20, warmup: int = 5, clips: Optional[int] = None,
+         features_on: Literal["auto", "device", "memory", "file"] = "auto", keep: bool = True) -> None:
     if warmup < 3:
         raise SystemExit("--warmup: at least 3, for arithmetic is counted in the second step")
     device, shape, reports = pick_device(device), SHAPES[shapes], []
@@ -243,8 +243,7 @@ def main(options: tyro.conf.Positional[tuple[str, ...]] = (), *,
             flags = ["--data", str(path), "--runs-dir", folder, "--batch-size", str(batch_size), "--epochs",
                      str(epochs), "--max-steps", str(warmup + steps + 1), "--precision", precision, "--device",
                      str(device), "--features-on", features_on, "--log-every", "1000000"]
-            flags += ["--compile"] * compile + list(options)
-            watch = run(name, device, warmup, steps, flags)
+            watch = run(name, device, warmup, steps, [*flags, *options])
             rows = watch.rows()
             parts = {part: [round(q, 2) for q in statistics.quantiles([row.get(part, 0.0) for row in rows], n=4)]
                      for part in dict.fromkeys(part for row in rows for part in row)}
@@ -265,7 +264,7 @@ def main(options: tyro.conf.Positional[tuple[str, ...]] = (), *,
                 report["reading_alone_clips_per_second"] = round(reading_alone(path, batch_size))
             reports.append(report)
             print(f"\n{name}: {report['device']}, torch {report['torch']}, {report['threads']} threads, batch "
-                  f"{batch_size}, {shapes}, {precision}{', compiled' * compile}")
+                  f"{batch_size}, {shapes}, {precision}")
             for part, (low, middle, high) in parts.items():
                 gflop, gb = work.get(part, (0, 0))
                 print(f"  {part:12}{middle:9.2f} ms   [{low:.2f}, {high:.2f}]{gflop:9.2f} GFLOP{gb:8.3f} GB")

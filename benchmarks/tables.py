@@ -12,7 +12,6 @@ import re
 import statistics
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 from benchmarks.ablations import HEADLINE, ROOT, ROWS, SETS, command_of, rows_of
 

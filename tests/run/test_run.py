@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import codaar
 import micu
@@ -40,7 +42,7 @@ LONG = [*TINY, "--modalities", "audio", "video", "--reset-after", "2"]
 EVERY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 MODULES = {"micu": micu, "uni_code": uni_code, "codaar": codaar}
 STATE = {"micu": {"networks", "optimizer"}, "uni_code": {"networks", "optimizer", "club", "club_optimizer"},
-         "codaar": {"networks", "optimizer"}}
+         "codaar": {"networks", "optimizer"}, "benchmarks.comparators": {"networks", "optimizer", "club"}}
 LOSSES = {"micu": ("fcmi_fine", "fcmi_coarse", "cujp"), "uni_code": ("cpc", "cmcm", "club"), "codaar": ("cpc", "dqa")}
 WEIGHTS = {"micu": {"cujp": 2}, "uni_code": {"club": 0.01}, "codaar": {}}
 CODEBOOK = {"micu": "codebook", "uni_code": "codebook", "codaar": "codebooks"}
@@ -1187,31 +1189,6 @@ def test_bf16_keeps_the_checkpoint_in_fp32(here, default):
     assert all(value.dtype == default["networks"][name].dtype for name, value in state["networks"].items())
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["micu", "codaar"], indirect=True)
-def test_compile_traces_every_semantic_encoder(here, default, monkeypatch, fresh_compiler):
-    """Traced, but run without generated code, which would take a minute to make."""
-    compiled, original = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *args, **keywords: compiled.append(args) or original(
-        *args, **(keywords | {"backend": "eager"})))
-    state = load(here(*STEPS, "--compile", "--max-steps", 1))
-    assert len(compiled) == 3 and keys_and_shapes(state) == keys_and_shapes(default)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
-def test_compile(here, default, fresh_compiler):
-    state = load(here(*STEPS, "--compile", "--max-steps", 2))
-    assert keys_and_shapes(state) == keys_and_shapes(default) and finite(run_folder(here.cwd))
-
-
 # ---------------------------------------------------------------------------------------------------------------- GPU
 class AnyGenerator(torch.Generator):
     """A generator of the host that says it belongs to the device it is asked for."""
@@ -1254,6 +1231,85 @@ def test_a_step_mixes_no_devices_and_waits_for_none(here, monkeypatch, options):
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
     with pytest.raises(Enough):
         here(*TINY, "--log-every", "1000", *options.split())
+
+
+class Replayed(TorchDispatchMode):
+    """A CUDA graph on the CPU: the operations of a step, which a replay does again on the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.replays = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a step asks for a number"
+        out = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        self.replays += 1
+        if self.replays == 1:  # on a CPU recording has done all of it already
+            return
+        with torch.no_grad():
+            for function, args, kwargs, out in self.operations:
+                places = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+                for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs))):
+                    if torch.is_tensor(old) and old.untyped_storage().data_ptr() not in places:
+                        old.copy_(new)
+
+
+@contextlib.contextmanager
+def recording(graph, pool, capture_error_mode):
+    with graph:
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, options", [
+    ("micu", ""), ("uni_code", ""), ("uni_code", "--no-cpc --specific map --codebook-init uniform"),
+    ("codaar", "--reset-source live"), ("micu", "--jigsaw mmjp --mask-axis time --mm-ema"),
+    ("benchmarks/comparators", "--align codis --dcid")], indirect=["script"])
+def test_a_recorded_step_is_the_step(here, monkeypatch, options):
+    """With graphs stood in for, on the CPU: batches, codebook, random numbers and host's draws, all to the bit."""
+    options = *TINY, "--reset-after", 2, "--epochs", 6, "--log-every", 1, *options.split()
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # whose LSTM does other things without gradients
+    plain = training_state(here(*options))
+    graphs = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(Replayed()) or graphs[-1])
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(run.Run, "recorded", lambda self, step: run.Recorded(step, self.stateful.values(), []))
+    recorded = training_state(here(*options))
+    assert sum(graph.replays for graph in graphs) == 24 - 3 and max(graph.replays for graph in graphs) > 1
+    assert (len(graphs) > 1) == ("cpc" in recorded["rng"])  # one for each place at which the host cuts z
+    for state in (plain, recorded):
+        for name in ("optimizer", "club_optimizer"):
+            for group in state.get(name, {}).get("param_groups", ()):
+                del group["capturable"]
+    assert differences(plain, recorded) == []
+
+
+def test_cuda_graphs_need_a_gpu(here):
+    assert "--cuda-graph: needs a GPU" in here.error(*TINY, "--cuda-graph")
+
+
+@CUDA
+@EVERY_SCRIPT
+@pytest.mark.parametrize("options", ["", "--precision bf16 --features-on file"])
+def test_gpu_records_the_step(here, options):
+    """To the bit what a step does that is not recorded, if the device can be told to repeat itself."""
+    options = *TINY, "--epochs", 4, "--device", "cuda", "--log-every", 1, *options.split()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        plain = training_state(here(*options))
+        whole = training_state(here(*options, "--cuda-graph"))
+        stopped = here(*options, "--cuda-graph", "--max-steps", 9)
+        resumed = training_state(here("--resume", str(stopped), "--device", "cuda"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for state in (whole, resumed):
+        assert differences({"rng": plain["rng"], "networks": plain["networks"], "losses": plain["losses"]},
+                           {"rng": state["rng"], "networks": state["networks"], "losses": state["losses"]}) == []
 
 
 @CUDA
