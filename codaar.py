@@ -1,4 +1,4 @@
-"""CoDAAR (Sen et al.): a discrete code per modality, aligned index by index, from paired, unlabelled clips.
+"""CoDAAR (Sen et al., 2026): a discrete code per modality, aligned index by index, from paired, unlabelled clips.
 
 A clip is T segments of paired features: what is heard, seen and said. Each modality has an encoder and a codebook of
 its own; each segment's output becomes a code, the nearest row of that codebook. Row k should mean the same in all.
@@ -517,7 +517,7 @@ if __name__ == "__main__":
         raise InputError(f"--cpc-steps {args.cpc_steps}: needs more than {segments} segments a clip, or --no-cpc")
     networks["cpc"] = CrossModalCPC(list(shape), args.code_dim, args.cpc_steps)
     generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}
-    host_draw = partial(torch.randint, max(1, segments - args.cpc_steps), (), generator=generators["cpc"])  # t of CPC
+    host_draw = partial(torch.randint, segments - args.cpc_steps, (), generator=generators["cpc"]) if args.cpc else int
     more_state = {}  # other optimizers, of which there are none here
     pairs = len(shape) * (len(shape) - 1)  # of modalities, ordered
     guess = math.log(args.batch_size)

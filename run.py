@@ -70,6 +70,8 @@ def explain_input_errors(kind, error, traceback, go_on=str, save_memory=""):
         print(f"error: process {RANK} lost another one ({first_line(error)}); --resume goes on from its checkpoint",
               file=sys.__stderr__, flush=True)
         os._exit(2)  # the others cannot be waited for
+    if isinstance(error.__context__, torch.OutOfMemoryError):  # in a step that was being recorded
+        kind, error = torch.OutOfMemoryError, error.__context__
     if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         error = InputError(f"{first_line(error)}{save_memory}")
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
@@ -271,7 +273,7 @@ class Recorded:
 
     def record(self, drawn: int) -> tuple:
         graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
+        for generator in self.generators if torch.__version__ < (2, 14) else ():  # which finds them itself
             graph.register_generator_state(generator)
         buffers = [(part, name, buffer) for part in self.modules for name, buffer in part.named_buffers(recurse=False)]
         with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # others may go on reading ahead
@@ -372,7 +374,7 @@ class Run:
             raise InputError("--runs-dir is empty; . is the current folder")
         self.args, self.device = args, pick_device(args.device)
         if args.cuda_graph and (self.device.type != "cuda" or WORLD_SIZE > 1):
-            raise InputError("--cuda-graph: needs a GPU, and one process alone")
+            raise InputError("--cuda-graph: needs one GPU and one process; give --no-cuda-graph")
         if WORLD_SIZE > 1:
             patience = timedelta(days=1)  # while the first process hashes the data or probes
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=patience)

@@ -537,7 +537,7 @@ if __name__ == "__main__":
     club = nn.ModuleDict({m: CLUB(args.code_dim, networks["specific"][m].width) for m in shape}).to(device)
     club_optimizer = torch.optim.Adam(club.parameters(), lr=args.club_learning_rate, fused=True)
     generators = {"codebook": run.generator("codebook"), "cpc": run.generator("cpc", "cpu")}
-    host_draw = partial(torch.randint, max(1, segments - args.cpc_steps), (), generator=generators["cpc"])  # t of CPC
+    host_draw = partial(torch.randint, segments - args.cpc_steps, (), generator=generators["cpc"]) if args.cpc else int
     more_state = {"club": club, "club_optimizer": club_optimizer}
     pairs = len(shape) * (len(shape) - 1)  # of modalities, ordered
     guess = math.log(args.batch_size)

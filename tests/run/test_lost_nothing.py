@@ -114,6 +114,19 @@ def test_a_full_disk_is_told_in_one_line(capfd, monkeypatch):
         "continue with: this\n")
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_memory_that_is_full_is_told_in_one_line(capfd, monkeypatch, recorded):
+    """In a step that is being recorded the error comes out as one of CUDA's, about the recording."""
+    codes, error = [], torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    monkeypatch.setattr(os, "_exit", codes.append)
+    if recorded:
+        full, error = error, RuntimeError("capturing stream has unjoined work")
+        error.__context__ = full
+    run.explain_input_errors(type(error), error, None, save_memory=run.SAVE_MEMORY)
+    assert codes == [2] and capfd.readouterr().err == (
+        f"error: CUDA out of memory. Tried to allocate 2 GiB.{run.SAVE_MEMORY}\n")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of this kind")
 def test_files_may_not_grow(tiny, tmp_path):

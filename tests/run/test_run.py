@@ -1281,7 +1281,8 @@ def test_a_recorded_step_is_the_step(here, monkeypatch, options):
     monkeypatch.setattr(run.Run, "recorded", lambda self, step: run.Recorded(step, self.stateful.values(), []))
     recorded = training_state(here(*options))
     assert sum(graph.replays for graph in graphs) == 24 - 3 and max(graph.replays for graph in graphs) > 1
-    assert (len(graphs) > 1) == ("cpc" in recorded["rng"])  # one for each place at which the host cuts z
+    cut = "cpc" in recorded["rng"] and "--no-cpc" not in options
+    assert (len(graphs) > 1) == cut  # one for each place at which the host cuts z
     for state in (plain, recorded):
         for name in ("optimizer", "club_optimizer"):
             for group in state.get(name, {}).get("param_groups", ()):
@@ -1290,12 +1291,12 @@ def test_a_recorded_step_is_the_step(here, monkeypatch, options):
 
 
 def test_cuda_graphs_need_a_gpu(here):
-    assert "--cuda-graph: needs a GPU" in here.error(*TINY, "--cuda-graph")
+    assert "--cuda-graph: needs one GPU and one process" in here.error(*TINY, "--cuda-graph")
 
 
 @CUDA
 @EVERY_SCRIPT
-@pytest.mark.parametrize("options", ["", "--precision bf16 --features-on file"])
+@pytest.mark.parametrize("options", ["", "--precision bf16 --features-on file", "--eval-every 1"])
 def test_gpu_records_the_step(here, options):
     """To the bit what a step does that is not recorded, if the device can be told to repeat itself."""
     options = *TINY, "--epochs", 4, "--device", "cuda", "--log-every", 1, *options.split()
