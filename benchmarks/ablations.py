@@ -8,8 +8,7 @@
 A commit with `-dirty` differs by these JSON files alone, which runs write. Rows are of several commits: four of the
 oldest, of the three methods on the watch, were made again at 9a82ef9, by hand, and came out equal in every figure.
 Every number is of the clean protocol, on the embedded sets. Pairs of `digits` are made by class: its rows compare with
-each other and with nothing else. The three rows of HEADLINE are to have five seeds, the others three; the tables say
-how many have run.
+each other and with nothing else. The three rows of HEADLINE have five seeds, the others three.
 """
 import json
 import os
