@@ -1267,7 +1267,7 @@ def recording(graph, pool, capture_error_mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, options", [
-    ("micu", ""), ("uni_code", ""), ("uni_code", "--no-cpc --specific map --codebook-init uniform"),
+    ("micu", ""), ("uni_code", ""), ("uni_code", "--no-cpc --codebook-init uniform"),
     ("codaar", "--reset-source live"), ("micu", "--jigsaw mmjp --mask-axis time --mm-ema"),
     ("benchmarks/comparators", "--align codis --dcid")], indirect=["script"])
 def test_a_recorded_step_is_the_step(here, monkeypatch, options):
