@@ -42,7 +42,8 @@ LONG = [*TINY, "--modalities", "audio", "video", "--reset-after", "2"]
 EVERY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 MODULES = {"micu": micu, "uni_code": uni_code, "codaar": codaar}
 STATE = {"micu": {"networks", "optimizer"}, "uni_code": {"networks", "optimizer", "club", "club_optimizer"},
-         "codaar": {"networks", "optimizer"}, "benchmarks.comparators": {"networks", "optimizer", "club"}}
+         "codaar": {"networks", "optimizer"},
+         "benchmarks.comparators": {"networks", "optimizer", "club", "club_optimizer"}}
 LOSSES = {"micu": ("fcmi_fine", "fcmi_coarse", "cujp"), "uni_code": ("cpc", "cmcm", "club"), "codaar": ("cpc", "dqa")}
 WEIGHTS = {"micu": {"cujp": 2}, "uni_code": {"club": 0.01}, "codaar": {}}
 CODEBOOK = {"micu": "codebook", "uni_code": "codebook", "codaar": "codebooks"}
